@@ -1,0 +1,3943 @@
+#!/usr/bin/env python3
+"""Appointment webhook receiver: takes appointment events over HTTP and keeps each of them for good in SQLite.
+
+    python3 webhook_server.py              serve on 127.0.0.1:8000 into appointments.db
+    python3 webhook_server.py --help       every command and setting
+
+    from webhook_server import Config, WebhookServer
+    with WebhookServer(Config(port=0, database="events.db"), on_event=print) as server:
+        print(server.url)
+
+One file, the standard library, Python 3.9 or newer. It reads in the order in which an event flows; each section uses
+only those above it:
+
+    Config         settings: flags, environment and defaults out of one list
+    JSON           bytes to a value, strictly by RFC 8259
+    Schema         JSON Schema draft 2020-12, compiled once
+    Events         a value to an AppointmentEvent, or to what is wrong with it
+    Store          events on disk: one commit for all who wait, and who commits answers
+    Log            lines without patients' data, written in the background
+    HTTP           bytes to a request, a request to its route, an answer to bytes
+    Service        puts the parts together: start, drain, stop
+    Command line   serve, check, send, bench
+"""
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import csv
+import dataclasses
+import difflib
+import errno
+import io
+import ipaddress
+import itertools
+import json
+import logging.handlers
+import os
+import queue
+import re
+import selectors
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unicodedata
+import urllib.error
+import urllib.request
+from collections import deque
+from datetime import datetime, timedelta, timezone
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from json.encoder import encode_basestring_ascii
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional
+from urllib.parse import unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
+
+try:
+    import resource
+except ImportError:                    # Windows
+    resource = None
+
+__version__ = "1.0.0"
+
+
+class SetupError(Exception):
+    """What the operator has to mend before the service can start: one line for the person at the keyboard, exit 2."""
+
+
+def printable(text: str, longest: int = 200) -> str:
+    """`text` for one log line: shortened, and without characters that end lines, move cursors or turn text around."""
+    if len(text) > longest:
+        text = text[:longest] + "…"
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+# =============================================================================
+# Config: every setting once; flags, environment, --help and defaults come from it. Knows nothing of what they do.
+# =============================================================================
+
+def _text(value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
+        raise ValueError("must be a text that is not empty")
+    return str(value)
+
+
+def _optional_text(value: Any) -> str:
+    return _text(value) if value != "" else ""
+
+
+def _whole(low: int, high: int = 2 ** 40) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        # int() alone would take "+5" and "1_0"
+        if not re.fullmatch("[0-9]{1,15}", str(value)) or isinstance(value, bool) or not low <= int(value) <= high:
+            raise ValueError(f"must be a whole number of at least {low}" if high == 2 ** 40 else
+                             f"must be a whole number from {low} to {high}")
+        return int(value)
+    return parse
+
+
+def _seconds(value: Any) -> float:
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", str(value)) or float(value) <= 0:
+        raise ValueError("must be a number of seconds above 0, such as 2 or 0.5")
+    return float(value)
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}")
+        return value
+    return parse
+
+
+def _list_of_text(value: Any) -> tuple:
+    items = value.split(",") if isinstance(value, str) else value
+    return tuple(_text(item).strip().lower() for item in items if item)
+
+
+def _setting(default: Any, help: str, parse: Callable[[Any], Any] = _text, metavar: str = "TEXT") -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "parse": parse, "metavar": metavar})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings of one service, checked when made. Seconds and bytes are plain numbers.
+
+    Raises SetupError that names the setting and says what it must be.
+    """
+    host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address, :: every address")
+    port: int = _setting(8000, "port to listen on; 0 takes a free one", _whole(0, 65535), "N")
+    database: str = _setting("appointments.db", "SQLite file, made if missing", metavar="FILE")
+    schema: str = _setting("", "JSON Schema of an event (default: schema.json beside the program)",
+                           _optional_text, "FILE")
+    duplicates: str = _setting("conflict", "answer to an identical retry: 409 (conflict) or 200 (ok)",
+                               _one_of("conflict", "ok"), "conflict|ok")
+    # Senders give up after 5 s or so: 2 s leaves them the time to hear the 503
+    busy_timeout: float = _setting(2.0, "how long an event waits for a locked database before its 503",
+                                   _seconds, "SECONDS")
+    log_file: str = _setting("", "write the log here instead of to stderr", _optional_text, "FILE")
+    log_max_bytes: int = _setting(10 * 1024 * 1024, "size at which the log file is rotated", _whole(4096), "BYTES")
+    log_backups: int = _setting(5, "rotated log files to keep", _whole(1, 1000), "N")
+    log_level: str = _setting("INFO", "least level that is logged", _one_of("DEBUG", "INFO", "WARNING", "ERROR"),
+                              "DEBUG|INFO|WARNING|ERROR")
+    log_payloads: str = _setting("redacted", "payloads in the log: without patients' data, whole, or not at all",
+                                 _one_of("redacted", "full", "none"), "redacted|full|none")
+    max_request_line: int = _setting(8192, "longest request line (414); Apache's limit", _whole(64), "BYTES")
+    max_header_bytes: int = _setting(16384, "header section (431)", _whole(256), "BYTES")
+    max_header_fields: int = _setting(100, "header fields (431); Apache's limit", _whole(1), "N")
+    max_body: int = _setting(1024 * 1024, "request body (413)", _whole(1, 2 ** 30), "BYTES")
+    max_connections: int = _setting(512, "connections at once (503)", _whole(1, 100000), "N")
+    max_connections_per_address: int = _setting(128, "connections at once from one address (503)",
+                                                _whole(1, 100000), "N")
+    header_timeout: float = _setting(10.0, "time to send the head of a request (408)", _seconds, "SECONDS")
+    body_timeout: float = _setting(30.0, "time to send a body (408), or to take a piece of an answer", _seconds,
+                                   "SECONDS")
+    idle_timeout: float = _setting(60.0, "how long a connection may be idle between requests", _seconds, "SECONDS")
+    shutdown_timeout: float = _setting(10.0, "how long a stop waits for requests in flight", _seconds, "SECONDS")
+    allowed_host: tuple = _setting((), "further Host that is answered (repeat, or separate with commas); by default "
+                                   "any, or only local names while bound to loopback", _list_of_text, "HOST")
+    allowed_origin: tuple = _setting((), "web origin whose pages may send requests, such as https://desk.example "
+                                     "(repeat, or separate with commas)", _list_of_text, "ORIGIN")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, self._parsed(field, getattr(self, field.name), field.name))
+
+    @staticmethod
+    def _parsed(field: dataclasses.Field, value: Any, where: str) -> Any:
+        try:
+            return field.metadata["parse"](value)
+        except (ValueError, TypeError) as error:
+            raise SetupError(f"{where}: {error}") from None
+
+    @classmethod
+    def read(cls, flags: dict, environment: dict) -> Config:
+        """Settings out of flags ({name: text or None}) before WEBHOOK_NAME in the environment before defaults.
+
+        An error names the flag or the variable that it came from. An empty variable counts as not set.
+        """
+        values = {}
+        for field in dataclasses.fields(cls):
+            variable = "WEBHOOK_" + field.name.upper()
+            if flags.get(field.name) is not None:
+                values[field.name] = cls._parsed(field, flags[field.name], flag_of(field.name))
+            elif environment.get(variable):
+                values[field.name] = cls._parsed(field, environment[variable], variable)
+        return cls(**values)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting: busy_timeout is --busy-timeout."""
+    return "--" + name.replace("_", "-")
+
+
+# =============================================================================
+# JSON: bytes to a value, strictly by RFC 8259. Knows nothing of schemas or events.
+# =============================================================================
+
+MAX_DEPTH = 64          # .NET's limit; the C scanner recurses, so this also keeps small thread stacks whole
+MAX_NUMBER = 100        # characters: int() of a million digits takes seconds
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|[-+.\w]+', re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+
+
+class JSONError(ValueError):
+    """Text that is not JSON, or JSON that we do not take. `reason` never repeats the text; `line`, `column` from 1."""
+
+    def __init__(self, reason: str, text: str, position: int) -> None:
+        self.reason = reason
+        self.line = text.count("\n", 0, position) + 1
+        self.column = position - (text.rfind("\n", 0, position) + 1) + 1
+        super().__init__(f"Invalid JSON: {reason} at line {self.line} column {self.column}")
+
+
+class _Fault(Exception):
+    """The scanner met something that `inspect_json` will find and name."""
+
+
+def _members(pairs: list) -> dict:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise _Fault
+    return members
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_NUMBER:
+        raise _Fault
+    return int(text)
+
+
+def _float(text: str) -> float:
+    number = float(text) if len(text) <= MAX_NUMBER else float("inf")
+    if number in (float("inf"), float("-inf")):
+        raise _Fault
+    return number
+
+
+def _constant(name: str) -> None:
+    raise _Fault
+
+
+_SCAN = json.JSONDecoder(object_pairs_hook=_members, parse_int=_integer, parse_float=_float,
+                         parse_constant=_constant).scan_once
+
+
+def parse_json(body: bytes) -> tuple:
+    """(value, text) of a UTF-8 body that is one JSON value by RFC 8259.
+
+    Refused beyond the grammar, with JSONError: duplicate names, U+0000 and lone surrogates in strings (no database
+    keeps them faithfully), depth over 64, numbers over 100 characters or out of a double's range.
+    """
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise JSONError("the body is not UTF-8", body[:error.start].decode(), error.start) from None
+    # The ordinary event has neither; what has is read by the slow reader first, before the C scanner recurses into it
+    if "\\u" in text or text.count("{") + text.count("[") > MAX_DEPTH:
+        inspect_json(text)
+    try:
+        value, end = _SCAN(text, 0 if text[:1] == "{" else _SPACE.match(text).end())
+    except StopIteration as stop:
+        raise JSONError(_unreadable(text, stop.value), text, stop.value) from None
+    except json.JSONDecodeError as error:
+        raise JSONError(error.msg[:1].lower() + error.msg[1:], text, error.pos) from None
+    except _Fault:
+        inspect_json(text)
+        raise JSONError("something is not JSON", text, 0) from None
+    if end != len(text):
+        end = _SPACE.match(text, end).end()
+        if end != len(text):
+            raise JSONError("more text after the JSON value", text, end)
+    return value, text
+
+
+def _unreadable(text: str, position: int) -> str:
+    if not text.strip(" \t\n\r"):
+        return "the body is empty, expected a JSON value"
+    if text[0] == "\ufeff":
+        return "the body starts with a byte order mark (BOM), expected plain UTF-8"
+    if "\0" in text[:4]:
+        return "the body seems to be UTF-16 or UTF-32, expected UTF-8"
+    return "expecting a value"
+
+
+def inspect_json(text: str) -> None:
+    """Raise JSONError for the first thing that parse_json refuses beyond the grammar. Reads token by token, slowly."""
+    open_objects: list = []                             # for each open container its names so far, None in an array
+    for token in _TOKEN.finditer(text):
+        word, at = token.group(), token.start()
+        if word in ("{", "["):
+            open_objects.append(set() if word == "{" else None)
+            if len(open_objects) > MAX_DEPTH:
+                raise JSONError(f"nested deeper than {MAX_DEPTH} levels", text, at)
+        elif word in ("}", "]"):
+            if open_objects:
+                open_objects.pop()
+        elif word[0] == '"':
+            _inspect_string(text, word, at)
+            if open_objects and open_objects[-1] is not None and text[_SPACE.match(text, token.end()).end():][:1] == ":":
+                _inspect_name(text, word, at, open_objects[-1])
+        elif _NUMBER.fullmatch(word):
+            if len(word) > MAX_NUMBER:
+                raise JSONError(f"a number longer than {MAX_NUMBER} characters", text, at)
+            if float(word) in (float("inf"), float("-inf")):
+                raise JSONError("a number out of range", text, at)
+        elif word in ("NaN", "Infinity", "-Infinity"):
+            raise JSONError("NaN and Infinity are not JSON", text, at)
+
+
+def _inspect_name(text: str, word: str, at: int, names: set) -> None:
+    try:
+        name = json.loads(word)
+    except ValueError:                                  # the scanner will say it better
+        return
+    if name in names:
+        raise JSONError("a member name that the object already has", text, at)
+    names.add(name)
+
+
+def _inspect_string(text: str, word: str, at: int) -> None:
+    high = None                                         # where a high surrogate waits for its low one
+    for escape in _ESCAPE.finditer(word) if "\\u" in word else ():
+        code = int(escape.group(1), 16) if escape.group(1) else -1
+        if high is not None and not (0xDC00 <= code <= 0xDFFF and escape.start() == high + 6):
+            break
+        if code == 0:
+            raise JSONError("U+0000 in a string", text, at + escape.start())
+        if high is None and 0xDC00 <= code <= 0xDFFF:
+            high = escape.start()
+            break
+        high = escape.start() if 0xD800 <= code <= 0xDBFF else None
+    if high is not None:
+        raise JSONError("half of a surrogate pair in a string", text, at + high)
+
+
+# =============================================================================
+# Schema: JSON Schema draft 2020-12, compiled once. Knows nothing of HTTP, SQL or appointments.
+# =============================================================================
+
+MOST_PROBLEMS = 100     # of one value: a hostile megabyte must not come back as a hundred
+LONGEST_NAME = 100      # characters of a member name in a message or a path
+
+# -- timestamps
+
+# Spellings that need no calendar: valid as they stand, and (the first) canonical as they stand
+_SURE = r"(?!000[01]|9999)[0-9]{4}-(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
+_ORDINARY_TIMESTAMP = re.compile(_SURE + "Z").fullmatch
+_VALID_TIMESTAMP = re.compile(_SURE + r"(?:\.[0-9]{1,9})?(?:Z|[-+](?:[01][0-9]|2[0-3]):[0-5][0-9])").fullmatch
+_TIMESTAMP = re.compile(r"""
+    (?P<year>[0-9]{4}) (?: -(?P<month>[0-9]{2})-(?P<day>[0-9]{2}) | (?P<month2>[0-9]{2})(?P<day2>[0-9]{2})
+                         | -?W(?P<week>[0-9]{2})-?(?P<weekday>[1-7]) | -?(?P<ordinal>[0-9]{3}) )
+    [Tt\ ]
+    (?P<hour>[0-9]{2}) (?: :(?P<minute>[0-9]{2}) (?: :(?P<second>[0-9]{2}) (?:[.,](?P<fraction>[0-9]{1,9}))? )?
+                         | (?P<minute2>[0-9]{2}) (?: (?P<second2>[0-9]{2}) (?:[.,](?P<fraction2>[0-9]{1,9}))? )? )?
+    (?: [Zz] | (?P<sign>[-+])(?P<offset_hour>[0-9]{2})(?: :?(?P<offset_minute>[0-9]{2}) )? )?
+    """, re.VERBOSE)
+
+
+def canonical_timestamp(text: str) -> str:
+    """The instant of an ISO 8601 date-time, in UTC, one spelling for each: 2025-01-10T14:00:00Z.
+
+    Takes calendar, week and ordinal dates, extended or basic, T or a space, 1 to 9 fraction digits (trailing zeros are
+    dropped), any offset (none is UTC), 24:00:00, and second 60 where UTC can have a leap second. Raises ValueError.
+    Does not use datetime.fromisoformat, which takes other texts on each Python. Hot path: the ordinary spelling is
+    recognised as a whole and is its own canonical form (0.3 against 4 us).
+    """
+    if _ORDINARY_TIMESTAMP(text):
+        return text
+    match = _TIMESTAMP.fullmatch(text)
+    if not match:
+        raise ValueError("not an ISO 8601 date-time")
+    part = match.groupdict()
+    hour, minute = int(part["hour"]), int(part["minute"] or part["minute2"] or 0)
+    second, fraction = int(part["second"] or part["second2"] or 0), (part["fraction"] or part["fraction2"] or "").rstrip("0")
+    offset_hour, offset_minute = int(part["offset_hour"] or 0), int(part["offset_minute"] or 0)
+    midnight = hour == 24 and not minute and not second and not fraction
+    if not (hour < 24 or midnight) or minute > 59 or second > 60 or offset_hour > 23 or offset_minute > 59:
+        raise ValueError("not a time of day")
+    minutes = hour * 60 + minute - (offset_hour * 60 + offset_minute) * (-1 if part["sign"] == "-" else 1)
+    try:
+        moment = _date(part) + timedelta(minutes=minutes, seconds=min(second, 59))
+    except OverflowError:
+        raise ValueError("outside the years 0001 to 9999") from None
+    if second == 60 and (moment.hour, moment.minute) != (23, 59):
+        raise ValueError("a leap second is only at 23:59:60 UTC")
+    return (f"{moment.year:04d}-{moment.month:02d}-{moment.day:02d}T{moment.hour:02d}:{moment.minute:02d}:"
+            f"{second:02d}{'.' + fraction if fraction else ''}Z")
+
+
+def _date(part: dict) -> datetime:
+    year = int(part["year"])
+    if part["week"]:
+        if not 1 <= int(part["week"]) <= 53:
+            raise ValueError("no such week")
+        day = datetime.strptime(f"{year:04d}-{part['week']}-{part['weekday']}", "%G-%V-%u")
+        if day.isocalendar()[1] != int(part["week"]):
+            raise ValueError("no such week in that year")
+        return day
+    if part["ordinal"]:
+        day = datetime(year, 1, 1) + timedelta(days=int(part["ordinal"]) - 1)
+        if day.year != year:
+            raise ValueError("no such day in that year")
+        return day
+    return datetime(year, int(part["month"] or part["month2"]), int(part["day"] or part["day2"]))
+
+
+# -- formats: text to whether it is one
+
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOSTNAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
+_IPV4 = re.compile(r"(?:(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])(?:\.(?!\Z)|\Z)){4}")
+_UUID = re.compile("[0-9A-Fa-f]{8}-(?:[0-9A-Fa-f]{4}-){3}[0-9A-Fa-f]{12}")
+_POINTER = re.compile("(?:/(?:[^~/]|~[01])*)*")
+_DURATION = re.compile(r"P(?!\Z)(?:[0-9]+W|(?:[0-9]+Y(?:[0-9]+M(?:[0-9]+D)?)?|[0-9]+M(?:[0-9]+D)?|[0-9]+D)?"
+                       r"(?:T(?:[0-9]+H(?:[0-9]+M(?:[0-9]+S)?)?|[0-9]+M(?:[0-9]+S)?|[0-9]+S))?)")
+_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+"
+_EMAIL = re.compile(rf'(?:{_ATOM}(?:\.{_ATOM})*|"(?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\[\x20-\x7e])*")@'
+                    r"(?:\[(?P<literal>[^\]]*)\]|(?P<host>[^@\[]*))")
+_PCHAR = r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})"
+_URI = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*:(?://(?:(?:[A-Za-z0-9._~!$&'()*+,;=:-]|%[0-9A-Fa-f]{{2}})*@)?"
+                  rf"(?:\[(?P<ip6>[0-9A-Fa-f:.]+)\]|\[[vV][0-9A-Fa-f]+\.[A-Za-z0-9._~!$&'()*+,;=:-]+\]|"
+                  rf"(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{{2}})*)(?::[0-9]*)?(?:/{_PCHAR}*)?|(?!//){_PCHAR}*)"
+                  rf"(?:\?(?:{_PCHAR}|\?)*)?(?:#(?:{_PCHAR}|\?)*)?")
+_DATE_TIME = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\\.[0-9]+)?(?:[Zz]|[-+][0-9]{2}:[0-9]{2})")
+
+
+def _raises_nothing(function: Callable, text: str) -> bool:
+    try:
+        function(text)
+        return True
+    except (ValueError, OverflowError):
+        return False
+
+
+def _is_iso8601(text: str) -> bool:
+    return _VALID_TIMESTAMP(text) is not None or _raises_nothing(canonical_timestamp, text)
+
+
+def _is_date_time(text: str) -> bool:
+    """RFC 3339 section 5.6: a subset of ISO 8601 but for the number of fraction digits and the year 0000."""
+    if _VALID_TIMESTAMP(text):
+        return True
+    if not _DATE_TIME.fullmatch(text) or text[11:13] == "24":
+        return False
+    shifted = str(int(text[:4]) % 400 + 2000) + text[4:]        # the same calendar, and no offset leaves the years
+    return _raises_nothing(canonical_timestamp, re.sub(r"\.[0-9]+", "", shifted))
+
+
+def _is_date(text: str) -> bool:
+    return _is_date_time(text + "T00:00:00Z")
+
+
+def _is_time(text: str) -> bool:
+    return _is_date_time("2000-06-30T" + text)
+
+
+def _is_ipv6(text: str) -> bool:
+    return re.fullmatch("[0-9A-Fa-f:.]+", text) is not None and _raises_nothing(ipaddress.IPv6Address, text)
+
+
+def _is_email(text: str) -> bool:
+    match = _EMAIL.fullmatch(text)
+    if not match:
+        return False
+    literal = match.group("literal")
+    if literal is None:
+        return _HOSTNAME.fullmatch(match.group("host")) is not None
+    return _is_ipv6(literal[5:]) if literal[:5].lower() == "ipv6:" else _IPV4.fullmatch(literal) is not None
+
+
+def _is_uri(text: str) -> bool:
+    match = _URI.fullmatch(text)
+    return match is not None and (match.group("ip6") is None or _is_ipv6(match.group("ip6")))
+
+
+def _fullmatch(pattern: re.Pattern) -> Callable[[str], bool]:
+    return lambda text: pattern.fullmatch(text) is not None
+
+
+# name: (check, what a message asks for)
+FORMATS = {
+    "iso8601": (_is_iso8601, "an ISO 8601 date-time, for example 2025-01-10T14:00:00Z"),
+    "date-time": (_is_date_time, "an RFC 3339 date-time with offset, for example 2025-01-10T14:00:00Z"),
+    "date": (_is_date, "a date, for example 2025-01-10"),
+    "time": (_is_time, "a time with offset, for example 14:00:00Z"),
+    "duration": (_fullmatch(_DURATION), "an ISO 8601 duration, for example PT30M"),
+    "email": (_is_email, "an e-mail address"),
+    "uuid": (_fullmatch(_UUID), "a UUID"),
+    "uri": (_is_uri, "a URI with scheme"),
+    "ipv4": (_fullmatch(_IPV4), "an IPv4 address"),
+    "ipv6": (_is_ipv6, "an IPv6 address"),
+    "hostname": (_fullmatch(_HOSTNAME), "a host name"),
+    "json-pointer": (_fullmatch(_POINTER), "a JSON Pointer"),
+    "regex": (lambda text: _raises_nothing(ecma_pattern, text), "an ECMA-262 regular expression"),
+}
+
+# -- patterns: ECMA-262 with the flag u, told to Python's re
+
+_ECMA_SPACE = "\\t-\\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_ECMA_NOT_SPACE = ("\\x00-\\x08\\x0e-\\x1f!-\x9f\xa1-\u167f\u1681-\u1fff\u200b-\u2027\u202a-\u202e\u2030-\u205e\u2060-\u2fff"
+                   "\u3001-\ufefe\uff00-\U0010ffff")
+_ECMA_GROUP = re.compile(r"\((?:\?(?:[:=!]|<[=!]|<(?P<name>[A-Za-z_$][A-Za-z0-9_$]*)>))?")
+_ECMA_QUANTIFIER = re.compile(r"(?:[*+?]|\{[0-9]+(?:,[0-9]*)?\})\??")
+_ECMA_ESCAPE = re.compile(r"\\(?:(?P<high>u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2})|u(?P<u>[0-9a-fA-F]{4})"
+                          r"|u\{(?P<point>[0-9a-fA-F]{1,6})\}|x(?P<x>[0-9a-fA-F]{2})|c(?P<control>[A-Za-z])"
+                          r"|k<(?P<k>[A-Za-z_$][A-Za-z0-9_$]*)>|(?P<p>[pP])\{(?P<property>[^}]*)\}|(?P<number>[1-9][0-9]*)"
+                          r"|(?P<nul>0(?![0-9]))|(?P<class>[dDwWsSbB])|(?P<same>[fnrtv])|(?P<sign>[^A-Za-z0-9]))", re.DOTALL)
+_CATEGORIES = {"letter": "L", "uppercase_letter": "Lu", "lowercase_letter": "Ll", "titlecase_letter": "Lt",
+               "modifier_letter": "Lm", "other_letter": "Lo", "mark": "M", "number": "N", "decimal_number": "Nd",
+               "digit": "Nd", "letter_number": "Nl", "other_number": "No", "punctuation": "P", "punct": "P", "symbol": "S",
+               "separator": "Z", "other": "C", "control": "Cc"}
+_CATEGORY_LETTERS = "CLMNPSZ"
+
+
+def ecma_pattern(source: str) -> re.Pattern:
+    """The compiled re.Pattern that matches, by search(), what ECMA-262 (flag u) matches. Raises ValueError."""
+    translated, at = [], 0
+    while at < len(source):
+        text, at = _ecma_term(source, at)
+        translated.append(text)
+    try:
+        return re.compile("".join(translated), re.ASCII)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a usable regular expression: {getattr(error, 'msg', error)}") from None
+
+
+def _ecma_term(source: str, at: int) -> tuple:
+    """(Python's text for the term of `source` that begins at `at`, where the next one begins)."""
+    char = source[at]
+    if char == "\\":
+        return _ecma_escape(source, at, False)
+    if char == "[":
+        return _ecma_class(source, at)
+    if char == "(":
+        match = _ECMA_GROUP.match(source, at)
+        if source.startswith("(?", at) and match.end() == at + 1:
+            raise ValueError("a group that ECMA-262 does not know")
+        name = match.group("name")
+        return f"(?P<{name.replace('$', '_dollar_')}>" if name else match.group(), match.end()
+    quantifier = _ECMA_QUANTIFIER.match(source, at)
+    if quantifier:
+        if _ECMA_QUANTIFIER.match(source, quantifier.end()):        # a*+ is possessive in Python 3.11
+            raise ValueError("nothing to repeat")
+        return quantifier.group(), quantifier.end()
+    special = {"$": r"\Z", ".": "[^\n\r\u2028\u2029]", "^": "^", "|": "|", ")": ")"}
+    return special.get(char) or re.escape(char), at + 1
+
+
+def _ecma_escape(source: str, at: int, in_class: bool) -> tuple:
+    match = _ECMA_ESCAPE.match(source, at)
+    if not match:
+        raise ValueError(f"the escape {printable(source[at:at + 2])} is not ECMA-262")
+    kind, value = match.lastgroup, match.group(match.lastgroup)
+    if kind == "class":
+        text = _ecma_class_escape(value, in_class)
+    elif kind == "property":
+        text = _category_class(value, match.group("p") == "P", in_class)
+    elif kind in ("k", "number") and not in_class:
+        text = f"(?P={value.replace('$', '_dollar_')})" if kind == "k" else f"(?:\\{value})"
+    elif kind == "same":
+        text = "\\" + value
+    elif kind == "sign":
+        text = re.escape(value)
+    elif kind == "high":
+        text = re.escape(json.loads('"\\' + value + '"'))
+    elif kind in ("u", "x", "point", "nul"):
+        if int(value, 16) > 0x10FFFF:
+            raise ValueError("a code point above U+10FFFF")
+        text = re.escape(chr(int(value, 16)))
+    elif kind == "control":
+        text = re.escape(chr(ord(value) % 32))
+    else:
+        raise ValueError(f"the escape {printable(match.group())} cannot stand in a class")
+    return text, match.end()
+
+
+def _ecma_class_escape(value: str, in_class: bool) -> str:
+    if value in "sS":
+        text = _ECMA_SPACE if value == "s" else _ECMA_NOT_SPACE
+        return text if in_class else f"[{text}]"
+    if value == "B" and in_class:
+        raise ValueError(r"the escape \B cannot stand in a class")
+    return "\\" + value                                 # the same with re.ASCII
+
+
+def _ecma_class(source: str, at: int) -> tuple:
+    negated = source.startswith("[^", at)
+    at += 2 if negated else 1
+    parts = []
+    while True:
+        if at >= len(source):
+            raise ValueError("a class [ without its ]")
+        char = source[at]
+        if char == "]":
+            break
+        if char == "\\":
+            text, at = _ecma_escape(source, at, True)
+        else:
+            text, at = ("-" if char == "-" and parts and source[at + 1:at + 2] not in ("]", "") else re.escape(char)), at + 1
+        parts.append(text)
+    if not parts:
+        return ("[\\s\\S]" if negated else "(?!)"), at + 1
+    return f"[{'^' if negated else ''}{''.join(parts)}]", at + 1
+
+
+def _category_class(name: str, negated: bool, in_class: bool) -> str:
+    """\\p{L} and the like as ranges of code points, by unicodedata: any general category."""
+    wanted = name.partition("=")[2] if name.split("=")[0] in ("gc", "General_Category") else name
+    wanted = _CATEGORIES.get(wanted.lower(), wanted)
+    if wanted[:1] not in tuple(_CATEGORY_LETTERS) or len(wanted) > 2:
+        raise ValueError(f"\\p{{{printable(name, 40)}}} is not supported, only general categories such as \\p{{L}}")
+    ranges, start = [], None
+    for code in range(0x110001):
+        inside = code < 0x110000 and unicodedata.category(chr(code)).startswith(wanted) != negated
+        if inside and start is None:
+            start = code
+        elif not inside and start is not None:
+            ranges.append(f"{re.escape(chr(start))}-{re.escape(chr(code - 1))}")
+            start = None
+    if not ranges:
+        raise ValueError(f"\\p{{{printable(name, 40)}}} is not a general category")
+    return "".join(ranges) if in_class else f"[{''.join(ranges)}]"
+
+
+# -- values
+
+def canonical_json(value: Any) -> str:
+    """One text for all JSON values that are equal as JSON Schema sees it: 1 is 1.0, true is not 1, order is nothing.
+
+    Text and not a tuple, as hashes of numbers can be made to collide and those of texts cannot.
+    """
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(sorted(f"{encode_basestring_ascii(k)}:{canonical_json(v)}" for k, v in value.items())) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical_json, value)) + "]"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value)
+
+
+def json_equal(one: Any, other: Any) -> bool:
+    """Whether two JSON values are equal as JSON Schema sees it."""
+    return canonical_json(one) == canonical_json(other)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and value.is_integer()
+
+
+TYPES = {
+    "object": lambda value: isinstance(value, dict), "array": lambda value: isinstance(value, list),
+    "string": lambda value: isinstance(value, str), "number": _is_number, "integer": _is_integer,
+    "boolean": lambda value: isinstance(value, bool), "null": lambda value: value is None,
+}
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a value: where (JSON Pointer, RFC 6901), which keyword says so, what was expected."""
+    path: str
+    rule: str
+    message: str
+
+
+class SchemaError(ValueError):
+    """A schema that is not valid: `place` is a JSON Pointer into it, `reason` one line."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"at {place or '/'}: {reason}")
+        self.place, self.reason = place, reason
+
+
+def _short_name(name: Any) -> str:
+    return printable(str(name), LONGEST_NAME)
+
+
+def _steps(at: Optional[tuple]) -> list:
+    """Names and indexes from the root to a place; a place is None or (place above, name or index)."""
+    steps = []
+    while at is not None:
+        at, step = at
+        steps.append(step)
+    return steps[::-1]
+
+
+def _pointer(at: Optional[tuple]) -> str:
+    return "".join("/" + _short_name(step).replace("~", "~0").replace("/", "~1") for step in _steps(at))
+
+
+def _subject(at: Optional[tuple]) -> str:
+    """What a message calls a place: Field 'address.zip', or The payload."""
+    text = ""
+    for step in _steps(at):
+        text += f"[{step}]" if isinstance(step, int) else f"{'.' if text else ''}{_short_name(step)}"
+    return f"Field '{text}'" if text else "The payload"
+
+
+def _listed(values: list) -> str:
+    return printable(", ".join(value if isinstance(value, str) else json.dumps(value) for value in values), 500)
+
+
+# -- compilation. A check is check(value, at, problems, scope, seen): it appends to problems, and adds to the set `seen`
+# the names or indexes of `value` that it has evaluated. `scope` is the tuple of resources entered, for $dynamicRef.
+
+_SCHEMA, _SCHEMAS, _SCHEMA_MAP = "a schema", "an array of schemas that is not empty", "an object of schemas"
+_COUNT, _NUMBER_KIND, _TEXT, _FLAG, _ANY = "a whole number of at least 0", "a number", "text", "true or false", "anything"
+_NAMES, _NAME_MAP, _PATTERN = "an array of different texts", "an object of arrays of texts", "a regular expression"
+KEYWORDS = {            # keyword: the kind of value that it takes
+    "$id": _TEXT, "$schema": _TEXT, "$ref": _TEXT, "$anchor": _TEXT, "$dynamicRef": _TEXT, "$dynamicAnchor": _TEXT,
+    "$vocabulary": _ANY, "$comment": _TEXT, "$defs": _SCHEMA_MAP,
+    "prefixItems": _SCHEMAS, "items": _SCHEMA, "contains": _SCHEMA, "additionalProperties": _SCHEMA,
+    "properties": _SCHEMA_MAP, "patternProperties": _SCHEMA_MAP, "dependentSchemas": _SCHEMA_MAP, "propertyNames": _SCHEMA,
+    "if": _SCHEMA, "then": _SCHEMA, "else": _SCHEMA, "allOf": _SCHEMAS, "anyOf": _SCHEMAS, "oneOf": _SCHEMAS,
+    "not": _SCHEMA, "unevaluatedItems": _SCHEMA, "unevaluatedProperties": _SCHEMA,
+    "type": "one of the types " + ", ".join(TYPES) + ", or an array of them", "const": _ANY, "enum": "an array",
+    "multipleOf": "a number above 0", "maximum": _NUMBER_KIND, "exclusiveMaximum": _NUMBER_KIND,
+    "minimum": _NUMBER_KIND, "exclusiveMinimum": _NUMBER_KIND, "maxLength": _COUNT, "minLength": _COUNT,
+    "pattern": _PATTERN, "maxItems": _COUNT, "minItems": _COUNT, "uniqueItems": _FLAG, "maxContains": _COUNT,
+    "minContains": _COUNT, "maxProperties": _COUNT, "minProperties": _COUNT, "required": _NAMES,
+    "dependentRequired": _NAME_MAP, "format": _TEXT, "contentEncoding": _TEXT, "contentMediaType": _TEXT,
+    "contentSchema": _SCHEMA, "title": _TEXT, "description": _TEXT, "default": _ANY, "deprecated": _FLAG,
+    "readOnly": _FLAG, "writeOnly": _FLAG, "examples": "an array",
+}
+KINDS = {
+    _SCHEMA: lambda value: isinstance(value, (dict, bool)),
+    _SCHEMAS: lambda value: isinstance(value, list) and bool(value),
+    _SCHEMA_MAP: lambda value: isinstance(value, dict),
+    _COUNT: lambda value: _is_integer(value) and value >= 0,
+    _NUMBER_KIND: _is_number, "a number above 0": lambda value: _is_number(value) and value > 0,
+    _TEXT: lambda value: isinstance(value, str), _PATTERN: lambda value: isinstance(value, str),
+    _FLAG: lambda value: isinstance(value, bool), _ANY: lambda value: True,
+    "an array": lambda value: isinstance(value, list),
+    _NAMES: lambda value: _is_names(value),
+    _NAME_MAP: lambda value: isinstance(value, dict) and all(map(_is_names, value.values())),
+    KEYWORDS["type"]: lambda value: isinstance(value, str) and value in TYPES or bool(value) and _is_names(value) and
+    all(name in TYPES for name in value),
+}
+VALIDATION_KEYWORDS = frozenset(itertools.takewhile(lambda name: name != "format", itertools.dropwhile(
+    lambda name: name != "type", KEYWORDS)))
+VALIDATION_VOCABULARY = "https://json-schema.org/draft/2020-12/vocab/validation"
+_IN_PLACE = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
+
+
+class _Resource:
+    """A schema with a URI of its own, and its anchors."""
+    __slots__ = ("uri", "root", "anchors", "dynamic", "validates")
+
+    def __init__(self, uri: str, root: Any, validates: bool) -> None:
+        self.uri, self.root, self.validates = uri, root, validates
+        self.anchors: dict = {}         # name: (schema, pointer)
+        self.dynamic: set = set()       # those that $dynamicAnchor made
+
+
+def _join(base: str, reference: str) -> str:
+    """RFC 3986 resolution, also for urn: and tag:, of which urljoin knows nothing."""
+    return base.partition("#")[0] + reference if reference[:1] in ("#", "") else urljoin(base, reference)
+
+
+def _subschemas(schema: dict) -> Iterator[tuple]:
+    """(keyword, pointer below, subschema) of every subschema of `schema`."""
+    for keyword, value in schema.items():
+        kind = KEYWORDS.get(keyword)
+        if kind == _SCHEMA:
+            yield keyword, "/" + keyword, value
+        elif kind == _SCHEMAS and isinstance(value, list):
+            for index, item in enumerate(value):
+                yield keyword, f"/{keyword}/{index}", item
+        elif kind == _SCHEMA_MAP and isinstance(value, dict):
+            for name, item in value.items():
+                yield keyword, f"/{keyword}/{name.replace('~', '~0').replace('/', '~1')}", item
+
+
+class Schema:
+    """A JSON Schema (draft 2020-12: every vocabulary, `format` asserted), compiled once; may be used by many threads.
+
+    `document` is the schema as JSON; `documents`, {uri: schema}, are others that it may refer to: nothing is fetched.
+    Raises SchemaError. Unknown keywords are annotations; `misspelt` lists those that look like a known one, as
+    (pointer, keyword, suggestion).
+    """
+
+    def __init__(self, document: Any, documents: Optional[dict] = None, assert_formats: bool = True) -> None:
+        self._documents = documents or {}
+        self.assert_formats = assert_formats
+        self.misspelt: list = []
+        self._resources: dict = {}
+        self._nodes: dict = {}          # id of a schema: [its check]; ids stay good as the documents are kept
+        self._kept = (document, documents)
+        try:
+            for uri, other in self._documents.items():
+                self._index(other, self._resource(uri.rstrip("#"), other), "", False)
+            self._root = self._resource("", document)
+            self._index(document, self._root, "", True)
+            self._check = self.compile(document, self._root, "")
+            self._refuse_loops(document, self._root)
+            self.accepts = _Accelerator(self, self._root).function(document)
+        except RecursionError:
+            raise SchemaError("", "nested too deeply") from None
+
+    def errors(self, value: Any) -> list:
+        """The Problems of a JSON value, in the order of the schema; at most 100, none when it is valid.
+
+        Hot path: `accepts` is the same schema as Python code, for the keywords that events need; it only ever says
+        that a value is valid (0.9 against 9 us). Whatever it does not accept is judged by the checks below.
+        """
+        if self.accepts(value):
+            return []
+        problems: list = []
+        try:
+            self._check(value, None, problems, (self._root,), set())
+        except RecursionError:
+            return [Problem("", "$ref", "The schema refers to itself without end for this payload")]
+        return problems[:MOST_PROBLEMS]
+
+    # -- names
+
+    def _resource(self, uri: str, root: Any) -> _Resource:
+        validates = True
+        metaschema = self._documents.get(root.get("$schema")) if isinstance(root, dict) else None
+        if isinstance(metaschema, dict) and isinstance(metaschema.get("$vocabulary"), dict):
+            validates = VALIDATION_VOCABULARY in metaschema["$vocabulary"]
+        resource = self._resources[uri] = _Resource(uri, root, validates)
+        return resource
+
+    def _index(self, schema: Any, resource: _Resource, pointer: str, own: bool) -> None:
+        """Register every $id and anchor below `schema`."""
+        if not isinstance(schema, dict):
+            return
+        identity = schema.get("$id")
+        if isinstance(identity, str) and (resource.root is not schema or identity):
+            uri = _join(resource.uri, identity).rstrip("#")
+            if resource.root is schema:                 # the document's own name, besides the one it was given
+                resource.uri, self._resources[uri] = uri, resource
+            else:
+                inherited = resource.validates
+                resource, pointer = self._resource(uri, schema), ""
+                resource.validates = inherited if "$schema" not in schema else resource.validates
+        for keyword in ("$anchor", "$dynamicAnchor"):
+            if isinstance(schema.get(keyword), str):
+                resource.anchors[schema[keyword]] = (schema, pointer)
+        if isinstance(schema.get("$dynamicAnchor"), str):
+            resource.dynamic.add(schema["$dynamicAnchor"])
+        if own:
+            self._look_for_misspelt(schema, pointer)
+        for _, below, item in _subschemas(schema):
+            self._index(item, resource, pointer + below, own)
+
+    def _look_for_misspelt(self, schema: dict, pointer: str) -> None:
+        for keyword in schema:
+            if keyword not in KEYWORDS and not keyword.startswith("x-"):
+                close = {name.lower(): name for name in KEYWORDS}
+                found = difflib.get_close_matches(keyword.lower(), close, 1, 0.8)
+                if found:
+                    self.misspelt.append((pointer, keyword, close[found[0]]))
+
+    def resolve(self, reference: str, resource: _Resource, place: str) -> tuple:
+        """(schema, resource, pointer) that a $ref in `resource` leads to. Raises SchemaError at `place`."""
+        uri, _, fragment = _join(resource.uri, reference).partition("#")
+        target = self._resources.get(uri)
+        if target is None:
+            raise SchemaError(place, f"the reference {_short_name(reference)} leads nowhere: no document of that name")
+        fragment = unquote(fragment)
+        if fragment and fragment[0] != "/":
+            if fragment not in target.anchors:
+                raise SchemaError(place, f"the reference {_short_name(reference)} leads nowhere: no such anchor")
+            return (*target.anchors[fragment][:1], target, target.anchors[fragment][1])
+        schema = target.root
+        pointer = ""
+        for step in fragment.split("/")[1:]:
+            name = step.replace("~1", "/").replace("~0", "~")
+            try:
+                schema = schema[int(name)] if isinstance(schema, list) else schema[name]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise SchemaError(place, f"the reference {_short_name(reference)} leads nowhere") from None
+            pointer += "/" + step
+            if isinstance(schema, dict) and isinstance(schema.get("$id"), str):
+                target, pointer = self._resources.get(_join(target.uri, schema["$id"]).rstrip("#"), target), ""
+        return schema, target, pointer
+
+    # -- checks
+
+    def compile(self, schema: Any, resource: _Resource, place: str) -> Callable:
+        """The check of one schema. Raises SchemaError."""
+        if schema is True:
+            return _check_nothing
+        if schema is False:
+            return _check_false
+        if not isinstance(schema, dict):
+            raise SchemaError(place, "a schema must be an object, true or false")
+        node = self._nodes.get(id(schema))
+        if node is not None:
+            return lambda *arguments: node[0](*arguments)       # it may be in the making: a recursive schema
+        node = self._nodes[id(schema)] = [None]
+        if isinstance(schema.get("$id"), str):
+            resource = self._resources.get(_join(resource.uri, schema["$id"]).rstrip("#"), resource)
+        checks, last = [], []
+        for keyword, value in schema.items():
+            if keyword not in KEYWORDS:
+                continue
+            if not KINDS[KEYWORDS[keyword]](value):
+                raise SchemaError(f"{place}/{keyword}", f"{keyword} must be {KEYWORDS[keyword]}")
+            make = COMPILERS.get(keyword)
+            if make is None or keyword in VALIDATION_KEYWORDS and not resource.validates:
+                for _, below, item in _subschemas({keyword: value}):        # annotations and $defs: checked, not run
+                    self.compile(item, resource, place + below)
+                continue
+            check = make(self, schema, value, resource, f"{place}/{keyword}")
+            if check is not None:
+                (last if keyword.startswith("unevaluated") else checks).append(check)
+        node[0] = _node(tuple(checks), tuple(last), resource)
+        return node[0]
+
+    def _refuse_loops(self, document: Any, resource: _Resource) -> None:
+        """Refuse schemas that apply themselves to the same value again: they would never end."""
+        finished: set = set()
+        found = [(document, resource, "")]              # schemas to start from; grows by those for other values
+
+        def visit(schema: Any, resource: _Resource, place: str, above: tuple) -> None:
+            if not isinstance(schema, dict) or id(schema) in finished:
+                return
+            if id(schema) in above:
+                raise SchemaError(place, "the schema refers to itself without end")
+            if isinstance(schema.get("$id"), str):
+                resource = self._resources.get(_join(resource.uri, schema["$id"]).rstrip("#"), resource)
+            above += (id(schema),)
+            for keyword, below, item in _subschemas(schema):
+                if keyword in _IN_PLACE:
+                    visit(item, resource, place + below, above)
+                else:
+                    found.append((item, resource, place + below))
+            for keyword in ("$ref", "$dynamicRef"):
+                if keyword in schema:
+                    visit(*self.resolve(schema[keyword], resource, f"{place}/{keyword}"), above)
+            finished.add(id(schema))
+
+        for start in found:
+            visit(*start, ())
+
+
+def _check_nothing(value: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+    pass
+
+
+def _check_false(value: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+    problems.append(Problem(_pointer(at), "false", f"{_subject(at)} is not allowed"))
+
+
+def _node(checks: tuple, last: tuple, resource: _Resource) -> Callable:
+    def check(value: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if len(problems) >= MOST_PROBLEMS:
+            return
+        if scope[-1] is not resource:
+            scope += (resource,)
+        own = set() if last else seen           # unevaluated* must not see what schemas around this one evaluated
+        for one in checks:
+            one(value, at, problems, scope, own)
+        for one in last:
+            one(value, at, problems, scope, own)
+        if last:
+            seen |= own
+    return check
+
+
+def _simple(applies: Callable, holds: Callable, rule: str, expected: str) -> Callable:
+    """A check for values to which the keyword applies: `holds(value)` or a problem that says what was expected."""
+    def check(value: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if applies(value) and not holds(value):
+            problems.append(Problem(_pointer(at), rule, f"{_subject(at)} must {expected}"))
+    return check
+
+
+def _compile_type(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    names = [value] if isinstance(value, str) else value
+    tests = [TYPES[name] for name in names]
+    return _simple(lambda item: True, lambda item: any(test(item) for test in tests), "type",
+                   f"be of type {' or '.join(names)}")
+
+
+def _compile_enum(schema: Schema, around: dict, value: list, resource: _Resource, place: str) -> Callable:
+    allowed = frozenset(map(canonical_json, value))
+    return _simple(lambda item: True, lambda item: canonical_json(item) in allowed, "enum", f"be one of: {_listed(value)}")
+
+
+def _compile_const(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    wanted = canonical_json(value)
+    return _simple(lambda item: True, lambda item: canonical_json(item) == wanted, "const", f"be {_listed([value])}")
+
+
+def _is_multiple(value: Any, divisor: Any) -> bool:
+    if isinstance(value, int) and isinstance(divisor, int):
+        return value % divisor == 0
+    if value in (float("inf"), float("-inf")):
+        return False
+    return (Fraction(repr(value)) / Fraction(repr(divisor))).denominator == 1       # as written: 0.3 is three times 0.1
+
+
+def _compile_limit(holds: Callable, applies: Callable, expected: str) -> Callable:
+    """A compiler for keywords that compare: holds(value, limit); `expected` has a hole for the limit."""
+    def compile_keyword(schema: Schema, around: dict, limit: Any, resource: _Resource, place: str) -> Callable:
+        text = "not be empty" if limit == 1 and "at least" in expected and applies is not _is_number else \
+            expected.format(limit)
+        return _simple(applies, lambda value: holds(value, limit), place.rpartition("/")[2], text)
+    return compile_keyword
+
+
+def _pattern(source: str, place: str) -> re.Pattern:
+    try:
+        return ecma_pattern(source)
+    except ValueError as error:
+        raise SchemaError(place, f"pattern: {error}") from None
+
+
+def _compile_pattern(schema: Schema, around: dict, value: str, resource: _Resource, place: str) -> Callable:
+    search = _pattern(value, place).search
+    return _simple(TYPES["string"], lambda text: search(text) is not None, "pattern",
+                   f"match the pattern {printable(value)}")
+
+
+def _compile_format(schema: Schema, around: dict, value: str, resource: _Resource, place: str) -> Optional[Callable]:
+    if not schema.assert_formats or value not in FORMATS:
+        return None
+    return _simple(TYPES["string"], FORMATS[value][0], "format", f"be {FORMATS[value][1]}")
+
+
+def _compile_unique(schema: Schema, around: dict, value: bool, resource: _Resource, place: str) -> Optional[Callable]:
+    return _simple(TYPES["array"], lambda items: len(set(map(canonical_json, items))) == len(items), "uniqueItems",
+                   "not hold an item twice") if value else None
+
+
+def _missing(problems: list, at: Optional[tuple], name: str, rule: str, why: str = "") -> None:
+    here = (at, name)
+    problems.append(Problem(_pointer(here), rule, f"Missing required field: {_subject(here)[7:-1]}{why}"))
+
+
+def _compile_required(schema: Schema, around: dict, value: list, resource: _Resource, place: str) -> Callable:
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if isinstance(item, dict):
+            for name in value:
+                if name not in item:
+                    _missing(problems, at, name, "required")
+    return check
+
+
+def _compile_dependent_required(schema: Schema, around: dict, value: dict, resource: _Resource, place: str) -> Callable:
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if isinstance(item, dict):
+            for name, others in value.items():
+                for other in others if name in item else ():
+                    if other not in item:
+                        _missing(problems, at, other, "dependentRequired", f" (as there is {_short_name(name)})")
+    return check
+
+
+# -- checks that apply further schemas to members and items
+
+def _compile_properties(schema: Schema, around: dict, value: dict, resource: _Resource, place: str) -> Callable:
+    checks = [(name, schema.compile(item, resource, place + below[len("/properties"):]))
+              for (_, below, item), name in zip(_subschemas({"properties": value}), value)]
+
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if isinstance(item, dict):
+            for name, one in checks:
+                if name in item:
+                    one(item[name], (at, name), problems, scope, set())
+                    seen.add(name)
+    return check
+
+
+def _compile_pattern_properties(schema: Schema, around: dict, value: dict, resource: _Resource, place: str) -> Callable:
+    checks = [(_pattern(name, f"{place}/{name}").search, schema.compile(item, resource, f"{place}/{name}"))
+              for name, item in value.items()]
+
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if isinstance(item, dict):
+            for search, one in checks:
+                for name in item:
+                    if search(name):
+                        one(item[name], (at, name), problems, scope, set())
+                        seen.add(name)
+    return check
+
+
+def _rest_of_object(rule: str, is_rest: Callable, one: Callable) -> Callable:
+    """A check of the members for which is_rest(name, seen)."""
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if isinstance(item, dict):
+            for name in [name for name in item if is_rest(name, seen)]:
+                if len(problems) >= MOST_PROBLEMS:
+                    return
+                if one is _check_false:
+                    here = (at, name)
+                    problems.append(Problem(_pointer(here), rule, f"{_subject(here)} is not a known field"))
+                else:
+                    one(item[name], (at, name), problems, scope, set())
+                seen.add(name)
+    return check
+
+
+def _compile_additional(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    known = frozenset(around.get("properties", ()))
+    searches = [_pattern(name, place).search for name in around.get("patternProperties", ())]
+    return _rest_of_object("additionalProperties", lambda name, seen: name not in known and
+                           not any(search(name) for search in searches), schema.compile(value, resource, place))
+
+
+def _compile_unevaluated_properties(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    return _rest_of_object("unevaluatedProperties", lambda name, seen: name not in seen,
+                           schema.compile(value, resource, place))
+
+
+def _compile_property_names(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    one = schema.compile(value, resource, place)
+
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        for name in item if isinstance(item, dict) else ():
+            found: list = []
+            one(name, None, found, scope, set())
+            if found:
+                here = (at, name)
+                problems.append(Problem(_pointer(here), "propertyNames", f"{_subject(here)} has a name that is not allowed"))
+    return check
+
+
+def _compile_prefix_items(schema: Schema, around: dict, value: list, resource: _Resource, place: str) -> Callable:
+    checks = [schema.compile(item, resource, f"{place}/{index}") for index, item in enumerate(value)]
+
+    def check(items: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if isinstance(items, list):
+            for index, (one, item) in enumerate(zip(checks, items)):
+                one(item, (at, index), problems, scope, set())
+                seen.add(index)
+    return check
+
+
+def _rest_of_array(rule: str, first: int, one: Callable) -> Callable:
+    """A check of the items from `first` on that are not seen yet (`items` comes before anything else sees them)."""
+    def check(items: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if isinstance(items, list):
+            skip = seen if rule == "unevaluatedItems" else ()
+            for index in range(first, len(items)):
+                if index not in skip:
+                    if len(problems) >= MOST_PROBLEMS:
+                        return
+                    if one is _check_false:
+                        here = (at, index)
+                        problems.append(Problem(_pointer(here), rule, f"{_subject(here)} is one item too many"))
+                    else:
+                        one(items[index], (at, index), problems, scope, set())
+            seen.update(range(first, len(items)))
+    return check
+
+
+def _compile_items(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    return _rest_of_array("items", len(around.get("prefixItems", ())), schema.compile(value, resource, place))
+
+
+def _compile_unevaluated_items(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    return _rest_of_array("unevaluatedItems", 0, schema.compile(value, resource, place))
+
+
+def _compile_contains(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    one = schema.compile(value, resource, place)
+    bounds = around if resource.validates else {}
+    least, most = bounds.get("minContains", 1), bounds.get("maxContains", float("inf"))
+
+    def check(items: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        if not isinstance(items, list):
+            return
+        matching = [index for index, item in enumerate(items) if _holds(one, item, at, scope, set())]
+        seen.update(matching)
+        if len(matching) < least:
+            problems.append(Problem(_pointer(at), "minContains" if "minContains" in bounds else "contains",
+                                    f"{_subject(at)} must hold at least {least} items of the kind that the schema names"))
+        if len(matching) > most:
+            problems.append(Problem(_pointer(at), "maxContains",
+                                    f"{_subject(at)} must hold at most {most} items of the kind that the schema names"))
+    return check
+
+
+# -- checks that apply further schemas to the same value
+
+def _holds(check: Callable, value: Any, at: Optional[tuple], scope: tuple, seen: set) -> bool:
+    """Whether `value` passes; what was evaluated counts only then."""
+    problems: list = []
+    own: set = set()
+    check(value, at, problems, scope, own)
+    if not problems:
+        seen |= own
+    return not problems
+
+
+def _each(schema: Schema, value: list, resource: _Resource, place: str) -> list:
+    return [schema.compile(item, resource, f"{place}/{index}") for index, item in enumerate(value)]
+
+
+def _compile_all_of(schema: Schema, around: dict, value: list, resource: _Resource, place: str) -> Callable:
+    checks = _each(schema, value, resource, place)
+
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        for one in checks:
+            one(item, at, problems, scope, seen)
+    return check
+
+
+def _counting(rule: str, expected: str, fits: Callable) -> Callable:
+    """A compiler for keywords that count how many of their schemas hold."""
+    def compile_keyword(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+        checks = _each(schema, value, resource, place) if isinstance(value, list) else [schema.compile(value, resource, place)]
+
+        def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+            own = set() if rule == "not" else seen
+            if not fits(sum(_holds(one, item, at, scope, own) for one in checks)):
+                problems.append(Problem(_pointer(at), rule, f"{_subject(at)} must {expected}"))
+        return check
+    return compile_keyword
+
+
+def _compile_if(schema: Schema, around: dict, value: Any, resource: _Resource, place: str) -> Callable:
+    base = place[:-len("/if")]
+    condition = schema.compile(value, resource, place)
+    then, otherwise = (schema.compile(around.get(name, True), resource, f"{base}/{name}") for name in ("then", "else"))
+
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        (then if _holds(condition, item, at, scope, seen) else otherwise)(item, at, problems, scope, seen)
+    return check
+
+
+def _compile_dependent_schemas(schema: Schema, around: dict, value: dict, resource: _Resource, place: str) -> Callable:
+    checks = [(name, schema.compile(item, resource, f"{place}/{name}")) for name, item in value.items()]
+
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        for name, one in checks if isinstance(item, dict) else ():
+            if name in item:
+                one(item, at, problems, scope, seen)
+    return check
+
+
+def _compile_ref(schema: Schema, around: dict, value: str, resource: _Resource, place: str) -> Callable:
+    return schema.compile(*schema.resolve(value, resource, place))
+
+
+def _compile_dynamic_ref(schema: Schema, around: dict, value: str, resource: _Resource, place: str) -> Callable:
+    """Core 8.2.3.2: like $ref, but where that leads to a $dynamicAnchor, the outermost one of that name is meant."""
+    target, home, pointer = schema.resolve(value, resource, place)
+    plain = schema.compile(target, home, pointer)
+    name = value.partition("#")[2]
+    if name not in home.dynamic or home.anchors[name][0] is not target:
+        return plain
+    candidates = {}
+    for other in set(schema._resources.values()):
+        if name in other.dynamic:
+            candidates[other] = schema.compile(other.anchors[name][0], other, other.anchors[name][1])
+
+    def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
+        one = next((candidates[entered] for entered in scope if entered in candidates), plain)
+        one(item, at, problems, scope, seen)
+    return check
+
+
+_LENGTH, _SIZE = TYPES["string"], (TYPES["array"], TYPES["object"])
+COMPILERS = {           # keyword: compiler(schema, the schema around the keyword, value, resource, place)
+    "$ref": _compile_ref, "$dynamicRef": _compile_dynamic_ref,
+    "type": _compile_type, "enum": _compile_enum, "const": _compile_const,
+    "multipleOf": _compile_limit(_is_multiple, _is_number, "be a multiple of {}"),
+    "maximum": _compile_limit(lambda value, limit: value <= limit, _is_number, "be at most {}"),
+    "exclusiveMaximum": _compile_limit(lambda value, limit: value < limit, _is_number, "be less than {}"),
+    "minimum": _compile_limit(lambda value, limit: value >= limit, _is_number, "be at least {}"),
+    "exclusiveMinimum": _compile_limit(lambda value, limit: value > limit, _is_number, "be more than {}"),
+    "maxLength": _compile_limit(lambda value, limit: len(value) <= limit, _LENGTH, "have at most {} characters"),
+    "minLength": _compile_limit(lambda value, limit: len(value) >= limit, _LENGTH, "have at least {} characters"),
+    "maxItems": _compile_limit(lambda value, limit: len(value) <= limit, _SIZE[0], "have at most {} items"),
+    "minItems": _compile_limit(lambda value, limit: len(value) >= limit, _SIZE[0], "have at least {} items"),
+    "maxProperties": _compile_limit(lambda value, limit: len(value) <= limit, _SIZE[1], "have at most {} fields"),
+    "minProperties": _compile_limit(lambda value, limit: len(value) >= limit, _SIZE[1], "have at least {} fields"),
+    "pattern": _compile_pattern, "format": _compile_format, "uniqueItems": _compile_unique,
+    "required": _compile_required, "dependentRequired": _compile_dependent_required,
+    "properties": _compile_properties, "patternProperties": _compile_pattern_properties,
+    "additionalProperties": _compile_additional, "propertyNames": _compile_property_names,
+    "unevaluatedProperties": _compile_unevaluated_properties, "prefixItems": _compile_prefix_items,
+    "items": _compile_items, "contains": _compile_contains, "unevaluatedItems": _compile_unevaluated_items,
+    "allOf": _compile_all_of, "anyOf": _counting("anyOf", "fit at least one of the schemas in anyOf", bool),
+    "oneOf": _counting("oneOf", "fit exactly one of the schemas in oneOf", lambda count: count == 1),
+    "not": _counting("not", "not fit the schema in not", lambda count: count == 0),
+    "if": _compile_if, "dependentSchemas": _compile_dependent_schemas,
+}
+
+
+# -- the same as code
+
+class _TooMuch(Exception):
+    """A keyword that the accelerator leaves to the checks."""
+
+
+class _Accelerator:
+    """Writes a schema as one Python function that returns True for valid values and False for "ask the checks".
+
+    What comes from the schema goes into the code only as named constants, so no schema can inject code.
+    """
+    SUPPORTED = frozenset({"type", "enum", "const", "required", "properties", "additionalProperties", "minLength",
+                           "maxLength", "pattern", "format", "items", "minItems", "maxItems", "minimum", "maximum"})
+    CLASSES = {"object": "dict", "array": "list", "string": "str"}
+    TESTS = {"object": "{0}.__class__ is dict", "array": "{0}.__class__ is list", "string": "{0}.__class__ is str",
+             "null": "{0} is None", "boolean": "{0}.__class__ is bool",
+             "number": "({0}.__class__ is int or {0}.__class__ is float)",
+             "integer": "({0}.__class__ is int or {0}.__class__ is float and {0}.is_integer())"}
+
+    def __init__(self, schema: Schema, resource: _Resource) -> None:
+        self._schema, self._resource = schema, resource
+        self._constants: dict = {}
+        self._lines: list = []
+        self._variables = itertools.count(1)
+
+    def function(self, document: Any) -> Callable[[Any], bool]:
+        """accepts(value)."""
+        try:
+            self._write(document, "v", 2)
+        except _TooMuch:
+            return lambda value: False
+        names = "".join(f", {name}={name}" for name in self._constants)
+        source = "\n".join([f"def accepts(v{names}):", "  try:", *self._lines, "    return True",
+                            "  except KeyError:", "    return False"])
+        namespace = dict(self._constants)
+        exec(compile(source, "<schema>", "exec"), namespace)
+        return namespace["accepts"]
+
+    def _constant(self, value: Any) -> str:
+        name = f"c{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+    def _refuse(self, depth: int, condition: str) -> None:
+        self._lines.append("  " * depth + f"if {condition}: return False")
+
+    def _write(self, schema: Any, name: str, depth: int) -> None:
+        if schema is True:
+            return
+        if schema is False or not self._resource.validates:
+            raise _TooMuch
+        if any(keyword in COMPILERS and keyword not in self.SUPPORTED or keyword == "$id" and depth > 2
+               for keyword in schema):
+            raise _TooMuch
+        types = schema.get("type", [])
+        types = [types] if isinstance(types, str) else types
+        if types:
+            self._refuse(depth, "not (" + " or ".join(self.TESTS[one].format(name) for one in types) + ")")
+        self._write_values(schema, name, depth)
+        groups = (("string", self._write_string, ("minLength", "maxLength", "pattern", "format")),
+                  ("object", self._write_object, ("required", "properties", "additionalProperties")),
+                  ("array", self._write_array, ("items", "minItems", "maxItems")))
+        for kind, write, keywords in groups:
+            if (not types or kind in types) and any(keyword in schema for keyword in keywords):
+                if types == [kind]:
+                    write(schema, name, depth)
+                else:                                   # isinstance, not class: nothing may slip past a check
+                    self._lines.append("  " * depth + f"if isinstance({name}, {self.CLASSES[kind]}):")
+                    write(schema, name, depth + 1)
+                    self._lines.append("  " * depth + "  pass")
+
+    def _write_values(self, schema: dict, name: str, depth: int) -> None:
+        for keyword in ("enum", "const"):
+            if keyword in schema:
+                values = schema[keyword] if keyword == "enum" else [schema[keyword]]
+                if not all(isinstance(value, str) for value in values):
+                    raise _TooMuch
+                self._refuse(depth, f"{name}.__class__ is not str or {name} not in {self._constant(frozenset(values))}")
+        for keyword, sign in (("minimum", "<"), ("maximum", ">")):
+            if keyword in schema:
+                limit = self._constant(schema[keyword])
+                self._refuse(depth, f"isinstance({name}, (int, float)) and {name}.__class__ is not bool and "
+                                    f"not {name} {'>=' if sign == '<' else '<='} {limit}")
+
+    def _write_string(self, schema: dict, name: str, depth: int) -> None:
+        if "maxLength" in schema:
+            self._refuse(depth, f"not {self._constant(schema.get('minLength', 0))} <= len({name}) <= "
+                                f"{self._constant(schema['maxLength'])}")
+        elif schema.get("minLength"):
+            self._refuse(depth, f"len({name}) < {self._constant(schema['minLength'])}")
+        if "pattern" in schema:
+            self._refuse(depth, f"{self._constant(ecma_pattern(schema['pattern']).search)}({name}) is None")
+        if schema.get("format") in FORMATS and self._schema.assert_formats:
+            self._refuse(depth, f"not {self._constant(FORMATS[schema['format']][0])}({name})")
+
+    def _write_object(self, schema: dict, name: str, depth: int) -> None:
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        for field in required:
+            if field not in properties:
+                self._refuse(depth, f"{self._constant(field)} not in {name}")
+        for field, below in properties.items():
+            member, key = f"v{next(self._variables)}", self._constant(field)
+            if field in required:                       # a KeyError ends it: cheaper than to ask first
+                self._lines.append("  " * depth + f"{member} = {name}[{key}]")
+                self._write(below, member, depth)
+            else:
+                self._lines.append("  " * depth + f"if {key} in {name}:")
+                self._lines.append("  " * depth + f"  {member} = {name}[{key}]")
+                self._write(below, member, depth + 1)
+        extra = schema.get("additionalProperties", True)
+        if extra is False:
+            self._refuse(depth, f"not {name}.keys() <= {self._constant(frozenset(properties))}")
+        elif extra is not True:
+            raise _TooMuch
+
+    def _write_array(self, schema: dict, name: str, depth: int) -> None:
+        for keyword, sign in (("minItems", "<"), ("maxItems", ">")):
+            if keyword in schema:
+                self._refuse(depth, f"len({name}) {sign} {self._constant(schema[keyword])}")
+        if "items" in schema:
+            item = f"v{next(self._variables)}"
+            self._lines.append("  " * depth + f"for {item} in {name}:")
+            self._write(schema["items"], item, depth + 1)
+            self._lines.append("  " * depth + "  pass")
+
+
+# =============================================================================
+# Events: a JSON value to an AppointmentEvent, or to what is wrong with it, in stages. Knows nothing of HTTP or SQL.
+# =============================================================================
+
+EVENT_SCHEMA = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "AppointmentEvent",
+    "description": "What happened to an appointment. Further members are kept with the event.",
+    "type": "object",
+    "required": ["event_type", "appointment_id", "patient_id", "timestamp"],
+    "properties": {
+        "event_type": {"type": "string", "enum": ["scheduled", "cancelled", "updated"]},
+        "appointment_id": {"type": "string", "minLength": 1, "maxLength": 255},
+        "patient_id": {"type": "string", "minLength": 1, "maxLength": 255},
+        "timestamp": {"type": "string", "format": "iso8601"},
+        "notes": {"type": ["string", "null"]},
+    },
+}
+# What a stored event must have, whatever schema.json says
+REQUIRED_FIELDS = ("event_type", "appointment_id", "patient_id", "timestamp")
+
+
+class AppointmentEvent(NamedTuple):
+    """One event. Its fields are the columns of the table; `id` is None until it is stored.
+
+    `timestamp` is canonical UTC such as 2025-01-10T14:00:00Z, `payload` the JSON text as it came.
+    """
+    event_type: str
+    appointment_id: str
+    patient_id: str
+    timestamp: str
+    notes: Optional[str]
+    received_at: str
+    client: Optional[str]
+    payload: str
+    id: Optional[int] = None
+
+
+class InvalidEvent(ValueError):
+    """A value that is no valid event. `problems` is a list of Problem, the one that decides the message first."""
+
+    def __init__(self, problems: list) -> None:
+        super().__init__(problems[0].message)
+        self.problems = problems
+
+
+def _stage(problem: Problem) -> int:
+    """The stage a problem belongs to: the first stage that fails decides the message of the answer."""
+    top_level = problem.path.count("/") <= 1
+    if problem.rule == "required" and top_level:
+        return 0
+    if problem.rule == "type" and top_level:
+        return 1
+    if problem.path == "/event_type":
+        return 2
+    if problem.path == "/timestamp":
+        return 3
+    if problem.path in ("/appointment_id", "/patient_id") and problem.rule == "minLength":
+        return 4
+    return 5
+
+
+class EventReader:
+    """Makes events out of JSON values by one schema."""
+
+    def __init__(self, document: Any) -> None:
+        """Raises SchemaError for a document that is not a valid schema."""
+        self.schema = Schema(document)
+        self._errors = self.schema.errors
+        self._floor = Schema({"type": "object", "required": list(REQUIRED_FIELDS), "properties": {
+            name: {"type": "string", "format": "iso8601"} if name == "timestamp" else {"type": "string"}
+            for name in REQUIRED_FIELDS}})
+        properties = document.get("properties") if isinstance(document, dict) else None
+        self.field_names = frozenset(properties if isinstance(properties, dict) else ())
+        kinds = properties.get("event_type") if self.field_names else None
+        self.event_types = tuple(kinds.get("enum", ())) if isinstance(kinds, dict) else ()
+
+    def event(self, value: Any, payload: str, received_at: str, client: Optional[str] = None) -> AppointmentEvent:
+        """The event that `value` (with `payload` as its text) describes. Raises InvalidEvent with all problems."""
+        problems = self._errors(value)
+        if not problems:
+            try:
+                event_type, appointment_id = value["event_type"], value["appointment_id"]
+                patient_id, notes = value["patient_id"], value.get("notes")
+                # strip() refuses what is not text and finds what is blank; both are ids nobody can look up
+                if event_type.strip() and appointment_id.strip() and patient_id.strip():
+                    return AppointmentEvent(event_type, appointment_id, patient_id,
+                                            canonical_timestamp(value["timestamp"]),
+                                            notes if notes.__class__ is str else None, received_at, client, payload)
+            except (KeyError, TypeError, AttributeError, ValueError):
+                pass                                    # the schema is laxer than the table: say what is missing
+            problems = self._floor_problems(value)
+        raise InvalidEvent(sorted(problems, key=_stage))
+
+    def _floor_problems(self, value: Any) -> list:
+        problems = self._floor.errors(value)
+        if isinstance(value, dict):
+            named = {problem.path for problem in problems}
+            problems += [Problem("/" + name, "minLength", f"Field '{name}' must not be empty")
+                         for name in REQUIRED_FIELDS
+                         if isinstance(value.get(name), str) and not value[name].strip() and "/" + name not in named]
+        return problems
+# =============================================================================
+# Store: events on disk, one commit for all who wait. Knows SQL; knows nothing of HTTP, of logs or of who sent what why.
+# =============================================================================
+
+SCHEMA_VERSION = 1
+COLUMNS = ("event_type", "appointment_id", "patient_id", "timestamp", "notes", "received_at", "client", "payload")
+EVENTS_TABLE = """
+CREATE TABLE {name} (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_type TEXT NOT NULL, appointment_id TEXT NOT NULL, patient_id TEXT NOT NULL,
+    timestamp TEXT NOT NULL,      -- canonical UTC
+    notes TEXT,
+    received_at TEXT NOT NULL,    -- UTC
+    client TEXT,                  -- who sent it
+    payload TEXT NOT NULL         -- the JSON as it came: no extra field is lost
+)"""
+# The same unique index finds duplicates and looks up appointments; a second one would only cost writes
+EVENTS_INDEX = "CREATE UNIQUE INDEX idx_appointment_timestamp ON appointment_events (appointment_id, timestamp)"
+CONFLICTS_TABLE = """
+CREATE TABLE conflicting_events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id INTEGER NOT NULL,    -- the stored event that has the same key
+    received_at TEXT NOT NULL, client TEXT,
+    payload TEXT NOT NULL
+)"""
+CONFLICTS_INDEX = "CREATE INDEX idx_conflicting_event_id ON conflicting_events (event_id)"
+# A repeated retry of the same conflicting content is kept once, or a stubborn sender would fill the disk
+INSERT_CONFLICT = """
+INSERT INTO conflicting_events (event_id, received_at, client, payload)
+SELECT ?1, ?2, ?3, ?4 WHERE NOT EXISTS (SELECT 1 FROM conflicting_events WHERE event_id = ?1 AND payload = ?4)"""
+GROUP = 512             # most events in one commit: bounds how long the first of them waits for the last
+LOCK_STEP = 0.1         # seconds of one try for a locked database: between tries those who waited too long are told
+FULL_CHECK_BYTES = 256 * 1024 * 1024        # larger files are not read whole at start: it would take seconds
+
+
+class StoreUnavailable(Exception):
+    """Nothing of this group is stored: the database is locked, full, read-only or broken. The text says which."""
+
+
+class StoreLocked(StoreUnavailable):
+    """Another process holds the write lock; trying again is worth it."""
+
+
+class Outcome(NamedTuple):
+    """What became of one event: kind "stored", "duplicate" (event_id is then the one stored before) or "failed"."""
+    kind: str
+    event_id: Optional[int] = None
+    identical: bool = False
+    error: Optional[Exception] = None
+
+
+class Filter(NamedTuple):
+    """Which events to read. Times are canonical UTC, since inclusive, until exclusive, both of the appointment."""
+    appointment_id: Optional[str] = None
+    patient_id: Optional[str] = None
+    event_type: Optional[str] = None
+    since: Optional[str] = None
+    until: Optional[str] = None
+
+
+def _insert_statement(rows: int) -> str:
+    row = "(" + ", ".join("?" * len(COLUMNS)) + ")"
+    return (f"INSERT INTO appointment_events ({', '.join(COLUMNS)}) VALUES {', '.join([row] * rows)} "
+            "ON CONFLICT (appointment_id, timestamp) DO NOTHING")
+
+
+# Hot path: one statement for up to 64 rows gives the GIL away once, not 64 times, and SQLite works while Python reads
+# the next requests. Powers of two keep the prepared statements few; 64 rows stay below SQLite's old limit of 999 values.
+INSERTS = tuple((rows, _insert_statement(rows)) for rows in (64, 32, 16, 8, 4, 2, 1))
+
+
+def same_content(event: AppointmentEvent, stored_payload: str) -> bool:
+    """Whether the payload of `event` equals the stored one as JSON, the spelling of the same instant aside."""
+    try:
+        old, new = json.loads(stored_payload), json.loads(event.payload)
+    except ValueError:
+        return False
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return False
+    old.pop("timestamp", None), new.pop("timestamp", None)
+    return json_equal(old, new)
+
+
+class SQLite:
+    """One SQLite file: a lock-guarded connection that writes, and connections that read and never wait for it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._writer: Optional[sqlite3.Connection] = None
+        self._readers: deque = deque()
+
+    # -- opening
+
+    def open(self) -> None:
+        """Open, make or migrate the file. Raises SetupError, and then has changed nothing."""
+        try:
+            if os.path.exists(self.path) and os.path.getsize(self.path):
+                self._inspect()
+            else:                                       # patients' data: for the owner only; -wal and -shm copy that
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._writer = self._connect()
+            self._prepare(self._writer)
+        except (OSError, sqlite3.Error) as error:
+            self.close()
+            raise SetupError(f"database {self.path}: {_reason(error)}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=2, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA cache_size = -65536")        # KiB: a million scattered keys fit
+        return connection
+
+    def _inspect(self) -> None:
+        """Read what is there through a read-only connection, so that a file we refuse stays as it is."""
+        uri = Path(self.path).resolve().as_uri() + "?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=2)) as connection:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise SetupError(f"database {self.path}: written by a newer version of this program "
+                                 f"(data version {version}, known is {SCHEMA_VERSION}); it was not changed")
+            if os.path.getsize(self.path) <= FULL_CHECK_BYTES:
+                found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+                if found != "ok":
+                    raise SetupError(f"database {self.path}: the file is damaged ({found.splitlines()[-1]}); it was not "
+                                     "changed. Restore a backup, or save what is left with sqlite3's .recover")
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if version == 0 and "appointment_events" in tables:
+                missing = set(REQUIRED_FIELDS) - set(_columns_of(connection))
+                if missing:
+                    raise SetupError(f"database {self.path}: its table appointment_events is not ours, it lacks "
+                                     f"{', '.join(sorted(missing))}")
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")         # an answered event outlives a power cut
+        # 16 MiB of WAL: a page that many groups touch reaches the main file once
+        connection.execute("PRAGMA wal_autocheckpoint = 4096")
+        connection.execute("BEGIN IMMEDIATE")
+        with _rollback_on_error(connection):
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                if _columns_of(connection):
+                    _migrate_plain_table(connection)
+                else:
+                    connection.execute(EVENTS_TABLE.format(name="appointment_events"))
+                    connection.execute(EVENTS_INDEX)
+                    connection.execute(CONFLICTS_TABLE)
+                    connection.execute(CONFLICTS_INDEX)
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("COMMIT")
+        connection.execute(f"PRAGMA busy_timeout = {int(LOCK_STEP * 1000)}")
+
+    # -- writing
+
+    def write(self, events: list) -> list:
+        """Store `events` in one durable transaction: an Outcome for each. Raises StoreUnavailable: none is stored."""
+        with self._lock:
+            connection = self._writer
+            try:
+                # A deferred transaction that reads first gets SQLITE_BUSY at its first write, whatever the timeout
+                connection.execute("BEGIN IMMEDIATE")
+                with _rollback_on_error(connection):
+                    outcomes = self._insert_all(connection, events)
+                    connection.execute("COMMIT")
+                return outcomes
+            except sqlite3.Error as error:
+                raise _unavailable(error) from error
+
+    def _insert_all(self, connection: sqlite3.Connection, events: list) -> list:
+        outcomes: list = []
+        last_id = connection.execute("SELECT max(id) FROM appointment_events").fetchone()[0] or 0
+        at = 0
+        while at < len(events):
+            rows, statement = next(pair for pair in INSERTS if pair[0] <= len(events) - at)
+            chunk = events[at:at + rows]
+            last_id = self._insert(connection, chunk, statement, last_id, outcomes)
+            at += rows
+        return outcomes
+
+    def _insert(self, connection: sqlite3.Connection, chunk: list, statement: str, last_id: int,
+                outcomes: list) -> int:
+        """Insert `chunk`, append its outcomes, give the highest id now in the table."""
+        values: list = []
+        for event in chunk:
+            values += event[:8]
+        try:
+            cursor = connection.execute(statement, values)
+        except (sqlite3.OperationalError, sqlite3.InternalError):
+            raise                                       # the disk or the file, not a row
+        except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+            if len(chunk) == 1:
+                if not connection.in_transaction:
+                    raise
+                outcomes.append(Outcome("failed", error=error))
+                return last_id
+            for event in chunk:                         # one bad row must not fail its neighbours
+                last_id = self._insert(connection, [event], INSERTS[-1][1], last_id, outcomes)
+            return last_id
+        if cursor.rowcount == len(chunk):
+            last = cursor.lastrowid                     # AUTOINCREMENT counts up by one within a statement
+            outcomes += [Outcome("stored", event_id) for event_id in range(last - len(chunk) + 1, last + 1)]
+            return last
+        return self._sort_out(connection, chunk, last_id, outcomes)
+
+    def _sort_out(self, connection: sqlite3.Connection, chunk: list, last_id: int, outcomes: list) -> int:
+        """Some of `chunk` were duplicates: tell which, and keep those with other content."""
+        new = {(row[1], row[2]): row[0] for row in connection.execute(
+            "SELECT id, appointment_id, timestamp FROM appointment_events WHERE id > ?", (last_id,))}
+        last_id = max(new.values(), default=last_id)
+        for event in chunk:
+            event_id = new.pop((event.appointment_id, event.timestamp), None)       # the first of a key was stored
+            outcomes.append(Outcome("stored", event_id) if event_id else self._duplicate(connection, event))
+        return last_id
+
+    @staticmethod
+    def _duplicate(connection: sqlite3.Connection, event: AppointmentEvent) -> Outcome:
+        stored_id, payload = connection.execute(
+            "SELECT id, payload FROM appointment_events WHERE appointment_id = ? AND timestamp = ?",
+            (event.appointment_id, event.timestamp)).fetchone()
+        identical = same_content(event, payload)
+        if not identical:
+            connection.execute(INSERT_CONFLICT, (stored_id, event.received_at, event.client, event.payload))
+        return Outcome("duplicate", stored_id, identical)
+
+    def probe(self) -> None:
+        """Write durably without changing anything. Raises StoreUnavailable."""
+        with self._lock:
+            try:
+                self._writer.execute("BEGIN IMMEDIATE")
+                with _rollback_on_error(self._writer):
+                    self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                    self._writer.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise _unavailable(error) from error
+
+    # -- reading
+
+    def events(self, wanted: Filter, after: int, limit: int, up_to: Optional[int] = None) -> list:
+        """At most `limit` events with id > after (and <= up_to) in order of id. Raises StoreUnavailable."""
+        clauses, values = ["id > ?"], [after]
+        for clause, value in (("id <= ?", up_to), ("appointment_id = ?", wanted.appointment_id),
+                              ("patient_id = ?", wanted.patient_id), ("event_type = ?", wanted.event_type),
+                              # without the Z, "…:00" sorts before "…:00.5" as the instants do
+                              ("rtrim(timestamp, 'Z') >= ?", wanted.since and wanted.since.rstrip("Z")),
+                              ("rtrim(timestamp, 'Z') < ?", wanted.until and wanted.until.rstrip("Z"))):
+            if value is not None:
+                clauses.append(clause)
+                values.append(value)
+        # A look-up by appointment goes through its index and sorts the few rows; + keeps it from scanning by id
+        order = "+id" if wanted.appointment_id is not None else "id"
+        query = (f"SELECT {', '.join(COLUMNS)}, id FROM appointment_events WHERE {' AND '.join(clauses)} "
+                 f"ORDER BY {order} LIMIT ?")
+        return [AppointmentEvent._make(row) for row in self._read(query, values + [limit])]
+
+    def last_id(self) -> int:
+        """The highest id, 0 when there is none. Raises StoreUnavailable."""
+        return self._read("SELECT max(id) FROM appointment_events", ())[0][0] or 0
+
+    def _read(self, query: str, values: Iterable) -> list:
+        try:
+            try:
+                connection = self._readers.pop()
+            except IndexError:
+                connection = self._connect()
+                connection.execute("PRAGMA query_only = 1")
+            try:
+                return connection.execute(query, values).fetchall()
+            finally:
+                self._readers.append(connection)
+        except sqlite3.Error as error:
+            raise _unavailable(error) from error
+
+    def close(self) -> None:
+        """Put everything into the main file and close."""
+        while self._readers:
+            self._readers.pop().close()
+        if self._writer is not None:
+            with self._lock, contextlib.suppress(sqlite3.Error):
+                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._writer.close()
+            self._writer = None
+
+
+@contextlib.contextmanager
+def _rollback_on_error(connection: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if connection.in_transaction:                   # SQLite has itself rolled back some, such as a full disk
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+        raise
+
+
+def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
+    text = str(error)
+    kind = StoreLocked if "locked" in text or "busy" in text else StoreUnavailable
+    return kind(_reason(error))
+
+
+def _reason(error: Exception) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    hints = {"unable to open database file": "cannot be opened: does its folder exist, and may this user write there?",
+             "file is not a database": "the file is not a SQLite database; it was not changed",
+             "attempt to write a readonly database": "the file or its folder is read-only for this user",
+             "database or disk is full": "the disk is full"}
+    return hints.get(text, text)
+
+
+def _columns_of(connection: sqlite3.Connection) -> list:
+    return [row[1] for row in connection.execute("PRAGMA table_info(appointment_events)")]
+
+
+def _migrate_plain_table(connection: sqlite3.Connection) -> None:
+    """Rebuild a table of version 0 (no client, no payload, timestamps as the sender wrote them) as ours.
+
+    Ids stay. Two rows that turn out to be one instant of one appointment: the first is kept in the table, the others
+    in conflicting_events. A timestamp that cannot be read stays as it is.
+    """
+    columns = _columns_of(connection)
+    wanted = ["id" if "id" in columns else "rowid"] + [name if name in columns else "NULL" for name in COLUMNS]
+    connection.execute(EVENTS_TABLE.format(name="migrated_events"))
+    connection.execute("CREATE UNIQUE INDEX idx_migrated ON migrated_events (appointment_id, timestamp)")
+    connection.execute(CONFLICTS_TABLE)
+    connection.execute(CONFLICTS_INDEX)
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    for row in connection.execute(f"SELECT {', '.join(wanted)} FROM appointment_events ORDER BY 1"):
+        event_id, event = row[0], AppointmentEvent._make(row[1:])
+        payload = event.payload or json.dumps({name: getattr(event, name) for name in COLUMNS[:5]
+                                               if name != "notes" or event.notes is not None})
+        event = event._replace(timestamp=_canonical_or_same(event.timestamp), payload=payload,
+                               received_at=_canonical_or_same(event.received_at or now))
+        try:
+            connection.execute(f"INSERT INTO migrated_events (id, {', '.join(COLUMNS)}) VALUES (?{', ?' * 8})",
+                               (event_id, *event[:8]))
+        except sqlite3.IntegrityError:
+            first = connection.execute("SELECT id FROM migrated_events WHERE appointment_id = ? AND timestamp = ?",
+                                       (event.appointment_id, event.timestamp)).fetchone()
+            connection.execute(INSERT_CONFLICT, (first[0], event.received_at, event.client, payload))
+    connection.execute("DROP TABLE appointment_events")
+    connection.execute("DROP INDEX idx_migrated")
+    connection.execute("ALTER TABLE migrated_events RENAME TO appointment_events")
+    connection.execute(EVENTS_INDEX)
+
+
+def _canonical_or_same(timestamp: Any) -> str:
+    try:
+        return canonical_timestamp(timestamp)
+    except (ValueError, TypeError):
+        return str(timestamp)
+
+
+class Submission:
+    """One event on its way to the disk. The store calls done(outcome) after the commit, on the writer's thread."""
+    __slots__ = ("event", "arrived")
+
+    def done(self, outcome: Outcome) -> None:
+        """Tell whoever waits. Must not block and must not raise."""
+        raise NotImplementedError
+
+
+class _Waiting(Submission):
+    """A submission whose submitter waits in its own thread; without an event it only marks its place in the queue."""
+    __slots__ = ("outcome", "_ready")
+
+    def __init__(self, event: Optional[AppointmentEvent]) -> None:
+        self.event, self.arrived = event, time.monotonic()
+        self.outcome = Outcome("passed")
+        self._ready = threading.Event()
+
+    def done(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self._ready.set()
+
+    def wait(self) -> Outcome:
+        self._ready.wait()
+        return self.outcome
+
+
+class Store:
+    """Group commit over an engine: one thread takes all that wait, commits once, and tells each its outcome.
+
+    The thread that commits also sends the answers (see HTTP): waking a thread for each answer costs more than the
+    disk does. An engine has open, write, probe, events, last_id and close as SQLite has.
+    """
+
+    def __init__(self, engine: SQLite, busy_timeout: float,
+                 on_stored: Optional[Callable[[AppointmentEvent], None]] = None,
+                 on_trouble: Callable[[str], None] = lambda text: None) -> None:
+        """`on_stored(event)` follows each commit in order; `on_trouble(text)` tells when writing starts to fail, and ""
+        when it works again. Both run on the writer's thread."""
+        self.engine = engine
+        self._busy_timeout = busy_timeout
+        self._on_stored = on_stored
+        self._on_trouble = on_trouble
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="webhook-writer", daemon=True)
+        self._started = False
+        self._trouble = ""
+        self.submit = self._queue.put       # hot path: straight into the C queue
+
+    def start(self) -> None:
+        """Start writing."""
+        self._started = True
+        self._thread.start()
+
+    def add(self, event: AppointmentEvent) -> Outcome:
+        """Store one event and wait. A "failed" outcome carries its error."""
+        waiting = _Waiting(event)
+        self.submit(waiting)
+        return waiting.wait()
+
+    def settle(self) -> None:
+        """Wait until everything submitted before this call is done."""
+        waiting = _Waiting(None)
+        self.submit(waiting)
+        waiting.wait()
+
+    def stop(self) -> None:
+        """Commit what is queued, end the thread, close the engine."""
+        if self._started:
+            self._queue.put(None)
+            self._thread.join()
+        self.engine.close()
+
+    def _run(self) -> None:
+        get, size = self._queue.get, self._queue.qsize
+        group: list = []
+        while True:
+            if not group:
+                group.append(get())
+            for _ in range(min(size(), GROUP - len(group))):
+                group.append(get())
+            stopping = None in group
+            if stopping:
+                group = [submission for submission in group if submission is not None]
+            group = self._write(group)
+            if stopping:
+                if not group and not size():
+                    return
+                self._queue.put(None)
+
+    def _write(self, group: list) -> list:
+        """Commit `group` and tell each its outcome. Gives those that shall be tried again: the database was locked."""
+        events = [submission.event for submission in group if submission.event is not None]
+        try:
+            outcomes = iter(self.engine.write(events) if events else ())
+        except StoreLocked as error:
+            self._report(str(error))
+            oldest = time.monotonic() - self._busy_timeout
+            self._tell([(one, Outcome("failed", error=error)) for one in group if one.arrived <= oldest])
+            return [one for one in group if one.arrived > oldest]
+        except Exception as error:                      # whatever it is, nobody may wait for ever
+            self._report(str(error) or repr(error))
+            self._tell([(one, Outcome("failed", error=error)) for one in group])
+            return []
+        if self._trouble and events:
+            self._report("")
+        passed = Outcome("passed")
+        self._tell([(one, next(outcomes) if one.event is not None else passed) for one in group])
+        return []
+
+    def _tell(self, results: list) -> None:
+        on_stored = self._on_stored
+        for submission, outcome in results:
+            submission.done(outcome)
+            if on_stored is not None and outcome.kind == "stored":
+                on_stored(submission.event._replace(id=outcome.event_id))
+
+    def _report(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._on_trouble(trouble)
+
+    def probe(self) -> str:
+        """Try to write, for at most the busy timeout; "" when that works, else what is wrong."""
+        deadline = time.monotonic() + self._busy_timeout
+        while True:
+            try:
+                self.engine.probe()
+                return ""
+            except StoreLocked as error:
+                if time.monotonic() > deadline:
+                    return str(error)
+            except StoreUnavailable as error:
+                return str(error)
+
+
+# =============================================================================
+# Log: one line a request, without patients' data, written in the background. Knows nothing of HTTP or SQL.
+# =============================================================================
+
+LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}
+PERSONAL_FIELDS = frozenset({"patient_id", "notes"})
+MASK = '"***"'
+LOG_QUEUE = 20000               # lines that may wait; what comes on top is dropped and counted
+LOG_BATCH = 32                  # lines a write: formatting more at a stretch would hold the GIL for milliseconds
+LOG_PAUSE = 0.05                # seconds between looks into the queue: nobody has to wake the writer
+LONGEST_SHOWN = 4096            # characters of a redacted payload in a line
+
+
+class Redactor:
+    """Payloads as text for the log, by the setting --log-payloads."""
+
+    def __init__(self, mode: str, named_fields: Iterable = ()) -> None:
+        """`named_fields`: the fields that the schema names; the values of all others are masked."""
+        self.mode = mode
+        self._shown = frozenset(named_fields) - PERSONAL_FIELDS
+
+    def text(self, value: Any) -> str:
+        """One line of ASCII for a JSON value; bytes are a body that could not be read."""
+        if self.mode == "none" or value is None:
+            return ""
+        if isinstance(value, bytes):
+            return ascii(value)[1:] if self.mode == "full" else f"({len(value)} bytes)"
+        if self.mode == "full":
+            return json.dumps(value)
+        if not isinstance(value, dict):
+            return MASK
+        shown = self._shown
+        text = "{" + ", ".join(
+            f"{encode_basestring_ascii(name)}: {self._scalar(item) if name in shown else MASK}"
+            for name, item in itertools.islice(value.items(), 50)) + "}"
+        return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "…"
+
+    @staticmethod
+    def _scalar(item: Any) -> str:
+        if item.__class__ is str:
+            return encode_basestring_ascii(item)
+        return MASK if isinstance(item, (dict, list)) else json.dumps(item)
+
+
+class RequestIds:
+    """Ids of requests: UTC with microseconds, strictly increasing, so unique and sortable within a process."""
+
+    def __init__(self, now: Callable[[], int] = time.time_ns) -> None:
+        self._now = now
+        self._lock = threading.Lock()
+        self._last = 0
+        self._second = -1
+        self._prefix = ""
+
+    def next(self) -> str:
+        """Such as 2025-01-10T14:23:15.123456. Hot path: the text of the current second is kept (0.4 against 1.1 us)."""
+        now = self._now() // 1000
+        with self._lock:
+            if now <= self._last:                       # two in one microsecond, or the clock was set back
+                now = self._last + 1
+            self._last = now
+            second, micros = divmod(now, 1000000)
+            if second != self._second:
+                self._second = second
+                self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            return "%s.%06d" % (self._prefix, micros)
+
+
+class RequestRecord(NamedTuple):
+    """What the log keeps of one request; made into text later, by the log's own thread."""
+    level: int
+    time: float
+    request_id: str
+    method: str
+    path: str
+    status: int
+    outcome: str
+    event_id: Optional[int]
+    seconds: float
+    client: str
+    payload: Any
+
+
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """The standard library's rotation over an unbuffered file: a failed write leaves nothing behind to be repeated."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600))
+
+
+class FileSink:
+    """Log lines to a file that is rotated by size."""
+
+    def __init__(self, path: str, max_bytes: int, backups: int) -> None:
+        """Raises SetupError."""
+        self._max_bytes = max_bytes
+        try:
+            self._file = _LogFile(path, maxBytes=max_bytes, backupCount=backups)
+        except OSError as error:
+            raise SetupError(f"log file {path}: {error.strerror}") from None
+
+    def write(self, data: bytes, level: int) -> None:
+        """Append whole lines. Raises OSError."""
+        stream = self._file.stream
+        if stream is None or stream.closed or stream.tell() + len(data) > self._max_bytes and stream.tell():
+            self._file.doRollover()
+        _write_all(self._file.stream.write, data)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class StreamSink:
+    """Log lines to stderr, past Python's own buffers."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+
+    def write(self, data: bytes, level: int) -> None:
+        """Write whole lines. Raises OSError."""
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError, AttributeError):   # replaced by a program that embeds us, or none at all
+            if self._stream is not None:
+                self._stream.write(data.decode())
+            return
+        _write_all(lambda rest: os.write(descriptor, rest), data)
+
+    def close(self) -> None:
+        """Leave stderr open: it is not ours."""
+
+
+class LoggerSink:
+    """Log lines to a logging.Logger of the program that embeds us."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def write(self, data: bytes, level: int) -> None:
+        """One record a call; its message is ours without time, name and level."""
+        self._logger.log(level, "%s", data.decode().rstrip("\n"))
+
+    def close(self) -> None:
+        """The logger is not ours."""
+
+
+def _write_all(write: Callable[[bytes], Optional[int]], data: bytes) -> None:
+    while data:
+        data = data[write(data) or 0:]
+
+
+class Log:
+    """A queue of lines and the thread that writes them. Nothing that happens to the sink ever stops the service."""
+
+    def __init__(self, sink: Any, level: str = "INFO", redactor: Optional[Redactor] = None) -> None:
+        self.level = LEVELS[level]
+        self._sink = sink
+        self._one_by_one = isinstance(sink, LoggerSink)
+        self._redactor = redactor or Redactor("none")
+        self._queue: deque = deque()
+        self._dropped = 0               # lines not written since the last notice
+        self._why = "the queue was full"
+        self._second, self._prefix = -1, ""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="webhook-log", daemon=True)
+
+    def start(self) -> None:
+        """Start writing."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what is queued and close."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._sink.close()
+
+    def request(self, record: RequestRecord) -> None:
+        """Queue the line of one request. Hot path: a tuple and an append; formatting here costs a third of the rate."""
+        if record[0] >= self.level:
+            if len(self._queue) < LOG_QUEUE:
+                self._queue.append(record)
+            else:
+                self._dropped += 1
+
+    def line(self, level: str, message: str, request_id: str = "-", stack: str = "") -> None:
+        """Queue one line; `stack` follows it, indented so that it cannot pass for a line of its own."""
+        if LEVELS[level] >= self.level:
+            text = f"[{request_id}] {printable(message, 2000)}"
+            for extra in stack.splitlines():
+                text += "\n    " + printable(extra, 2000)
+            if len(self._queue) < LOG_QUEUE:
+                self._queue.append((LEVELS[level], time.time(), text))
+            else:
+                self._dropped += 1
+
+    def exception(self, message: str, request_id: str = "-") -> None:
+        """Queue an ERROR with the stack of the exception being handled."""
+        self.line("ERROR", message, request_id, traceback.format_exc())
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOG_PAUSE):
+            self._write_queued()
+        self._write_queued()
+
+    def _write_queued(self) -> None:
+        while self._queue:
+            count = 1 if self._one_by_one else min(len(self._queue), LOG_BATCH)
+            batch = [self._queue.popleft() for _ in range(count)]
+            try:
+                self._write(batch)
+            except Exception as error:                  # a closed pipe, a full disk, or whatever a foreign logger raises
+                self._dropped += count
+                self._why = getattr(error, "strerror", None) or repr(error)
+                if self._stop.is_set():                 # the last look: do not try 20,000 times
+                    self._queue.clear()
+
+    def _write(self, batch: list) -> None:
+        if self._dropped:
+            dropped = self._dropped
+            self._sink.write(self._formatted((30, time.time(), f"[-] {dropped} log lines were dropped: {self._why}")), 30)
+            self._dropped -= dropped
+            self._why = "the queue was full"
+        self._sink.write(b"".join(map(self._formatted, batch)), batch[0][0])
+
+    def _formatted(self, record: tuple) -> bytes:
+        text = record[2] if len(record) == 3 else self._request_text(record)
+        if self._one_by_one:
+            return (text + "\n").encode("utf-8", "backslashreplace")
+        second = int(record[1])
+        if second != self._second:
+            self._second, self._prefix = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        return ("%s,%03d - webhook - %s - %s\n" % (self._prefix, (record[1] - second) * 1000,
+                logging.getLevelName(record[0]), text)).encode("utf-8", "backslashreplace")
+
+    def _request_text(self, record: RequestRecord) -> str:
+        _, _, request_id, method, path, status, outcome, event_id, seconds, client, payload = record
+        number = "" if event_id is None else f" event_id={event_id}"
+        shown = self._redactor.text(payload)
+        return (f"[{request_id}] {method} {path} {status} {outcome}{number} {seconds * 1000:.1f}ms client={client}"
+                f"{' payload=' if shown else ''}{shown}")
+
+
+# =============================================================================
+# HTTP: bytes to a request, a request to its route, an answer to bytes. The only section that knows status codes.
+# =============================================================================
+
+REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
+           405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout", 409: "Conflict",
+           411: "Length Required", 413: "Payload Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
+           417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Server Error",
+           501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|\[?::1\]?", re.IGNORECASE)
+RETRY_AFTER = {"Retry-After": "1"}
+
+# RFC 9110 section 5.6.2 and RFC 9112 sections 3 and 5, byte for byte: no folding, no space before the colon, no bare CR
+# or LF, no NUL or other control but TAB in a value
+_TCHAR = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_REQUEST_LINE = re.compile(rb"(" + _TCHAR + rb"+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_FIELD = re.compile(rb"(" + _TCHAR + rb"+):[ \t]*((?:[\x21-\x7e\x80-\xff](?:[ \t\x21-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff])?)?)"
+                    rb"[ \t]*")
+_BARE_LF = re.compile(rb"(?<!\r)\n|\A\n")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+LONGEST_CHUNK_LINE = 256
+BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+
+
+class Refusal(Exception):
+    """What the sender did wrong, as it is answered: a status, a message, further members and header fields.
+
+    `close`: the rest of the connection cannot be understood or has not been read, so it ends after the answer.
+    """
+
+    def __init__(self, status: int, message: str, close: bool = False, fields: Optional[dict] = None,
+                 **members: Any) -> None:
+        super().__init__(message)
+        self.status, self.message, self.close = status, message, close
+        self.fields, self.members = fields or {}, members
+
+
+class Limits(NamedTuple):
+    """How much of a request is read."""
+    request_line: int
+    header_bytes: int
+    header_fields: int
+    body: int
+
+
+class Head:
+    """The head of a request: what its request line and fields say. Equal heads of many requests are one object."""
+    __slots__ = ("method", "target", "path", "query", "http11", "fields", "length", "chunked", "keep_alive",
+                 "expect_continue", "host", "endpoint", "arguments", "refusal", "answer_fields", "plain")
+
+    def get(self, name: str, default: str = "") -> str:
+        """The value of a field by its lower-case name; the values of a repeated one joined by commas."""
+        return self.fields.get(name, default)
+
+
+def find_head(buffer: bytes, limits: Limits) -> int:
+    """Where the head in `buffer` ends, behind its empty line; -1 while more is needed. Raises Refusal (400, 414, 431)."""
+    end = buffer.find(b"\r\n\r\n")
+    line = buffer.find(b"\r\n", 0, limits.request_line + 2)
+    if line < 0 and len(buffer) > limits.request_line:
+        raise Refusal(414, f"The request line is longer than {limits.request_line} bytes", close=True)
+    if (end if end >= 0 else len(buffer)) - max(line, 0) > limits.header_bytes + 2:
+        raise Refusal(431, f"The header section is longer than {limits.header_bytes} bytes", close=True)
+    if end < 0:
+        if buffer and buffer[0] != 13 and not re.match(_TCHAR, buffer):
+            raise Refusal(400, "This is not HTTP" + (", it looks like TLS: use http://" if buffer[0] == 0x16 else ""),
+                          close=True)
+        if _BARE_LF.search(buffer) or b"\0" in buffer:
+            raise Refusal(400, "Lines must end with CR LF and hold no NUL", close=True)
+        return -1
+    return end + 4
+
+
+def parse_head(head: bytes, limits: Limits) -> Head:
+    """The Head in complete bytes (RFC 9112). Raises Refusal; after each of these the connection must close."""
+    lines = head[:-4].split(b"\r\n")
+    if len(lines) - 1 > limits.header_fields:
+        raise Refusal(431, f"More than {limits.header_fields} header fields", close=True)
+    parsed = Head()
+    _parse_request_line(lines[0], parsed)
+    parsed.fields, once = {}, {}
+    for line in lines[1:]:
+        match = _FIELD.fullmatch(line)
+        if not match:
+            raise Refusal(400, "A header line is not 'name: value'", close=True)
+        name, value = match.group(1).decode().lower(), match.group(2).decode("latin-1")
+        if name in parsed.fields:
+            if name in ("host", "content-length", "transfer-encoding"):     # where two readers could disagree
+                raise Refusal(400, f"More than one {name} header", close=True)
+            value = parsed.fields[name] + ", " + value
+        parsed.fields[name] = value
+    _parse_framing(parsed, limits)
+    _parse_host(parsed)
+    return parsed
+
+
+def _parse_request_line(line: bytes, head: Head) -> None:
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Refusal(400, "The request line is not 'METHOD /path HTTP/1.1'", close=True)
+    method, target, major, minor = (part.decode() for part in match.groups())
+    if major != "1":
+        raise Refusal(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here", close=True)
+    head.method, head.target, head.http11 = method, target, minor != "0"
+    if method not in METHODS:
+        raise Refusal(501, f"Unknown method {printable(method, 20)}", close=True)
+    head.host = None
+    if target[0] != "/" and not (method == "OPTIONS" and target == "*"):
+        absolute = re.fullmatch(r"https?://([^/?#@]+)(/[^#]*|\?[^#]*)?", target, re.IGNORECASE)     # 3.2.2
+        if not absolute:
+            raise Refusal(400, "The request target must be a path", close=True)
+        head.host, target = absolute.group(1), absolute.group(2) or "/"
+        target = target if target[0] == "/" else "/" + target
+    if "#" in target or BAD_ESCAPE.search(target):
+        raise Refusal(400, "The request target is not a valid path: '%' must be followed by two hex digits, and '#' has "
+                           "no place in it", close=True)
+    head.path, _, head.query = target.partition("?")
+
+
+def _parse_framing(head: Head, limits: Limits) -> None:
+    """Length of the body (RFC 9112 section 6): where two readers may disagree on it, smuggling begins, so refuse."""
+    length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
+    head.length, head.chunked = None, False
+    if coding is not None:
+        if length is not None:
+            raise Refusal(400, "Both Content-Length and Transfer-Encoding", close=True)
+        if not head.http11:
+            raise Refusal(400, "Transfer-Encoding in HTTP/1.0", close=True)
+        if coding.lower() != "chunked":
+            raise Refusal(501, "The only Transfer-Encoding known here is chunked", close=True)
+        head.chunked = True
+    if length is not None:
+        if not re.fullmatch("[0-9]+", length, re.ASCII):
+            raise Refusal(400, "Content-Length must be digits only", close=True)
+        head.length = int(length.lstrip("0")[:20] or 0)
+        if head.length > limits.body:
+            raise Refusal(413, f"The body is longer than {limits.body} bytes", close=True)
+    options = {option.strip().lower() for option in head.get("connection").split(",")}
+    head.keep_alive = "close" not in options and (head.http11 or "keep-alive" in options)
+    expect = head.fields.get("expect")
+    head.expect_continue = expect is not None and head.http11
+    if expect is not None and expect.lower() != "100-continue":
+        raise Refusal(417, "The only expectation known here is 100-continue", close=True)
+
+
+def _parse_host(head: Head) -> None:
+    host = head.fields.get("host")
+    if host is None and head.http11:
+        raise Refusal(400, "The Host header is missing", close=True)
+    if head.host is None:
+        head.host = host or ""
+    match = _HOST.fullmatch(head.host)
+    if not match or host and not _HOST.fullmatch(host):
+        raise Refusal(400, "The Host header is not valid", close=True)
+    head.host = match.group(1).lower()
+
+
+class ChunkedBody:
+    """Decoder of a chunked body (RFC 9112 section 7.1): feed() bytes until `rest` is not None: it is what follows."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._buffer = bytearray()
+        self._awaited = 0               # bytes of the current chunk with its CR LF; 0: a line is next
+        self._in_trailer = False
+        self._trailer = 0
+        self.body = bytearray()
+        self.rest: Optional[bytes] = None
+
+    def feed(self, data: bytes) -> None:
+        """Take more bytes. Raises Refusal (400, 413, 431)."""
+        buffer, at = self._buffer, 0
+        buffer += data
+        while self.rest is None:
+            if self._awaited:
+                end = at + self._awaited
+                if len(buffer) < end:
+                    break
+                if buffer[end - 2:end] != b"\r\n":
+                    raise Refusal(400, "A chunk of the body does not end with CR LF", close=True)
+                self.body += buffer[at:end - 2]
+                at, self._awaited = end, 0
+                continue
+            end = buffer.find(b"\r\n", at, at + LONGEST_CHUNK_LINE + 2)
+            if end < 0:
+                if len(buffer) - at > LONGEST_CHUNK_LINE or b"\n" in buffer[at:]:
+                    raise Refusal(400, "A chunk size of the body is not well-formed", close=True)
+                break
+            line, at = bytes(buffer[at:end]), end + 2
+            if self._in_trailer:
+                if not self._trailer_line(line):
+                    self.rest = bytes(buffer[at:])
+            else:
+                self._size_line(line)
+        del buffer[:at]
+
+    def _size_line(self, line: bytes) -> None:
+        match = _CHUNK_SIZE.fullmatch(line)
+        if not match:
+            raise Refusal(400, "A chunk size of the body is not well-formed", close=True)
+        size = int(match.group(1), 16)
+        if len(self.body) + size > self._limits.body:
+            raise Refusal(413, f"The body is longer than {self._limits.body} bytes", close=True)
+        self._awaited = size + 2 if size else 0
+        self._in_trailer = not size
+
+    def _trailer_line(self, line: bytes) -> bool:
+        """Check one line; False for the empty one that ends the body. Trailers are not used for anything."""
+        self._trailer += len(line) + 2
+        if self._trailer > self._limits.header_bytes:
+            raise Refusal(431, "The trailer section is too long", close=True)
+        if line and not _FIELD.fullmatch(line):
+            raise Refusal(400, "A trailer line is not 'name: value'", close=True)
+        return bool(line)
+
+
+class Response:
+    """An answer: status, body (bytes, or an iterator of bytes that is streamed) and what the log says of it."""
+    __slots__ = ("status", "body", "content_type", "fields", "outcome", "event_id", "close")
+
+    def __init__(self, status: int, body: Any, content_type: str = "application/json", fields: Optional[dict] = None,
+                 outcome: str = "ok", event_id: Optional[int] = None, close: bool = False) -> None:
+        self.status, self.body, self.content_type, self.fields = status, body, content_type, fields or {}
+        self.outcome, self.event_id, self.close = outcome, event_id, close
+
+
+class Request:
+    """One request that has been read: its head, its body, who sent it and when; `payload` is what the log may show."""
+    __slots__ = ("head", "body", "id", "client", "started", "handler", "payload")
+
+    def __init__(self, head: Head, body: bytes, request_id: str, client: str, started: float, handler: Any) -> None:
+        self.head, self.body, self.id, self.client, self.started = head, body, request_id, client, started
+        self.handler, self.payload = handler, None
+
+
+class Route(NamedTuple):
+    """One line of the table of routes; {event_id} in a path stands for a number, given to the endpoint."""
+    method: str
+    path: str
+    endpoint: str
+    description: str
+
+
+ROUTES = (
+    Route("POST", "/webhook/appointments", "receive_event", "take one event"),
+    Route("GET", "/webhook/appointments", "list_events", "stored events"),
+    Route("GET", "/webhook/appointments/{event_id}", "show_event", "one stored event"),
+    Route("GET", "/health", "health", "database and disk, really tried"),
+    Route("GET", "/health/live", "live", "the process answers"),
+    Route("GET", "/health/ready", "ready", "it can take events"),
+    Route("GET", "/schema.json", "show_schema", "what an event looks like"),
+)
+FILTERS = ("appointment_id", "patient_id", "event_type", "since", "until", "after", "limit")
+MEDIA_TYPES = {"application/json": "application/json", "application/x-ndjson": "application/x-ndjson",
+           "application/ndjson": "application/x-ndjson", "application/jsonl": "application/x-ndjson",
+           "text/csv": "text/csv; charset=utf-8"}
+PAGE = 500              # rows of one read while streaming: each read ends before a byte of it is sent, so no slow reader
+                        # holds a snapshot that keeps the WAL from being recycled
+DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
+HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
+
+
+def match_route(method: str, path: str) -> tuple:
+    """(Route, arguments) of a request, HEAD as GET. Raises Refusal (404, 405 with Allow). Decodes each segment once."""
+    try:
+        segments = [unquote_to_bytes(segment).decode() for segment in path.split("/")]
+    except UnicodeDecodeError:
+        raise Refusal(400, "The path is not UTF-8") from None
+    allowed = []
+    for route in ROUTES:
+        arguments = _match(route.path.split("/"), segments)
+        if arguments is not None:
+            if route.method == ("GET" if method == "HEAD" else method):
+                return route, arguments
+            allowed += [route.method] + ["HEAD"] * (route.method == "GET")
+    if not allowed:
+        raise Refusal(404, "There is nothing at this path")
+    raise Refusal(405, f"This path takes {', '.join(allowed)}", fields={"Allow": ", ".join(allowed + ["OPTIONS"])})
+
+
+def _match(pattern: list, segments: list) -> Optional[tuple]:
+    if len(pattern) != len(segments):
+        return None
+    arguments = []
+    for expected, segment in zip(pattern, segments):
+        if expected[:1] == "{":
+            if not re.fullmatch("[0-9]{1,18}", segment, re.ASCII):
+                return None
+            arguments.append(int(segment))
+        elif expected != segment:
+            return None
+    return tuple(arguments)
+
+
+def parse_query(query: str, known: Iterable) -> dict:
+    """Parameters of a query string, each at most once. Raises Refusal that names the wrong one."""
+    values: dict = {}
+    for pair in query.split("&") if query else ():
+        name, _, value = pair.partition("=")
+        try:
+            name, value = (unquote_to_bytes(part.replace("+", " ")).decode() for part in (name, value))
+        except UnicodeDecodeError:
+            raise Refusal(400, "The query is not UTF-8") from None
+        if name not in known:
+            raise Refusal(400, f"Unknown filter {printable(name, 40)}; known are {', '.join(known)}")
+        if name in values:
+            raise Refusal(400, f"Filter {name} is given twice")
+        if not value:
+            raise Refusal(400, f"Filter {name} must not be empty")
+        values[name] = value
+    return values
+
+
+def wanted_type(accept: str, offered: Iterable) -> Optional[str]:
+    """The offered media type that an Accept header likes best (RFC 9110 section 12.5.1); None if it takes none."""
+    best, best_rank = None, (0.0, 0, 0)
+    for media_type in offered:
+        quality, closeness = -1.0, -1
+        for part in (accept or "*/*").lower().split(","):
+            pattern, *parameters = (piece.strip() for piece in part.split(";"))
+            match = 2 if pattern == media_type else 1 if pattern == media_type.split("/")[0] + "/*" else \
+                0 if pattern == "*/*" else -1
+            if match > closeness:
+                weight = next((p[2:] for p in parameters if p.startswith("q=")), "1")
+                quality = float(weight) if re.fullmatch(r"[01](\.[0-9]{0,3})?", weight) else 0.0
+                closeness = match
+        if quality > 0 and (quality, closeness, 0) > best_rank:
+            best, best_rank = media_type, (quality, closeness, 0)
+    return best
+
+
+def event_text(event: AppointmentEvent) -> str:
+    """An event as one line of JSON: the columns as members, the payload as it came."""
+    columns = dict(zip(("id",) + COLUMNS[:-1], (event.id,) + event[:7]))
+    # Raw line breaks in JSON are white space between tokens, never part of a string
+    payload = event.payload.replace("\n", " ").replace("\r", " ")
+    return json.dumps(columns, ensure_ascii=False)[:-1] + ', "payload": ' + payload + "}"
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): such text gets an apostrophe in front."""
+    return "'" + value if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n＝＋－＠") and value else value
+
+
+def csv_lines(rows: Iterable) -> bytes:
+    """RFC 4180 text of rows."""
+    text = io.StringIO()
+    csv.writer(text).writerows([csv_cell(cell) for cell in row] for row in rows)
+    return text.getvalue().encode()
+
+
+class HTTPDate:
+    """The Date header of the current second (RFC 9110 section 5.6.7), made once a second."""
+
+    def __init__(self) -> None:
+        self._made = (0, "")
+
+    def text(self) -> str:
+        """Such as Fri, 10 Jan 2025 14:23:15 GMT."""
+        now, made = int(time.time()), self._made
+        if made[0] != now:
+            moment = time.gmtime(now)                   # strftime would write the names in the machine's language
+            made = self._made = (now, "%s, %02d %s %04d %02d:%02d:%02d GMT" % (
+                "Mon Tue Wed Thu Fri Sat Sun".split()[moment.tm_wday], moment.tm_mday,
+                "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[moment.tm_mon - 1], *moment[0:1], *moment[3:6]))
+        return made[1]
+
+
+# The answer to an ordinary event, all but five holes: date, length, request id twice, event id
+STORED = ("HTTP/1.1 200 OK\r\nServer: webhook-server\r\nDate: %s\r\nContent-Type: application/json\r\n"
+          "Content-Length: %d\r\nX-Request-ID: %s\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n\r\n"
+          '{"status": "success", "message": "Event received and stored", "request_id": "%s", "event_id": %s}')
+STORED_BODY_LENGTH = len('{"status": "success", "message": "Event received and stored", "request_id": "", "event_id": }') + 26
+# Windows has no non-blocking send on a blocking socket: there each connection's thread waits for its own answers
+SEND_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
+ANSWERS_BY_WRITER = hasattr(socket, "MSG_DONTWAIT")
+MAX_PIPELINED = 32      # answers of one connection that may be outstanding before it is read on
+
+
+class Application:
+    """What the endpoints work with, and the endpoints. An endpoint takes a Request and gives a Response, or None when
+    the answer comes later from the writer's thread."""
+
+    def __init__(self, config: Config, reader: EventReader, store: Store, log: Log, schema_text: bytes) -> None:
+        self.config, self.reader, self.store, self.log = config, reader, store, log
+        self.limits = Limits(config.max_request_line, config.max_header_bytes, config.max_header_fields, config.max_body)
+        self.request_ids = RequestIds()
+        self.date = HTTPDate()
+        self.draining = False
+        self.loopback = True            # set when bound: whether only this machine can reach us
+        self._schema_text = schema_text
+        self.heads: dict = {}
+        self._health_lock = threading.Lock()
+        self._health: tuple = (0.0, {})
+
+    # -- heads
+
+    def head(self, data: bytes) -> Head:
+        """The Head in `data`, with its endpoint or its refusal. Raises Refusal.
+
+        Hot path: a sender writes the same head again and again, so equal bytes are parsed once (0.1 against 12 us).
+        """
+        head = self.heads.get(data)
+        if head is None:
+            head = parse_head(data, self.limits)
+            self._decide(head)
+            if len(data) <= HEAD_KEPT_BYTES:
+                if len(self.heads) >= HEADS_KEPT:
+                    self.heads.clear()
+                self.heads[data] = head
+        return head
+
+    def _decide(self, head: Head) -> None:
+        """Find all that the head alone decides: endpoint or refusal, and fields that every answer gets."""
+        head.endpoint, head.arguments, head.refusal, head.answer_fields = None, (), None, {}
+        try:
+            self._check_site(head)
+            if head.method == "OPTIONS":
+                head.endpoint = self.options
+            else:
+                route, head.arguments = match_route(head.method, head.path)
+                head.endpoint = getattr(self, route.endpoint)
+                if head.method == "POST" and head.length is None and not head.chunked:
+                    raise Refusal(411, "Content-Length is missing")
+            if head.get("content-encoding", "identity").lower() != "identity":
+                raise Refusal(415, "The body must not be compressed", fields={"Accept-Encoding": "identity"})
+        except Refusal as refusal:
+            refusal.close = refusal.close or head.chunked or bool(head.length)      # the body stays unread
+            head.refusal = refusal.with_traceback(None)
+        head.plain = ANSWERS_BY_WRITER and head.keep_alive and head.http11 and not head.answer_fields
+
+    def _check_site(self, head: Head) -> None:
+        """Refuse pages of other sites (Origin, Fetch Metadata), and names that an attacker points at this machine."""
+        config, host = self.config, head.host
+        if host and host not in config.allowed_host and not (LOOPBACK.fullmatch(host) or host == config.host.lower()):
+            if self.loopback or config.allowed_host:
+                raise Refusal(403, "This Host is not served here; --allowed-host adds one")
+        origin = head.get("origin").lower()
+        if origin and origin in config.allowed_origin:
+            head.answer_fields = {"Access-Control-Allow-Origin": head.get("origin"), "Vary": "Origin",
+                                  "Access-Control-Expose-Headers": "X-Request-ID"}
+            return
+        if origin and origin.partition("://")[2] != head.get("host").lower() or \
+                head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
+            raise Refusal(403, "Requests from pages of other sites are refused; --allowed-origin adds a site")
+
+    # -- endpoints
+
+    def receive_event(self, request: Request) -> Optional[Response]:
+        """POST /webhook/appointments. Hot path: see EventAnswer."""
+        try:
+            value, text = parse_json(request.body)
+            request.payload = value
+            event = self.reader.event(value, text, request.id + "Z", request.client)
+        except JSONError as error:
+            request.payload = request.body
+            raise Refusal(400, str(error), errors=[{"path": "", "rule": "json", "message": str(error)}]) from None
+        except InvalidEvent as error:
+            raise Refusal(400, str(error), errors=[problem._asdict() for problem in error.problems]) from None
+        if request.head.plain:
+            request.handler.submitted += 1
+            self.store.submit(EventAnswer(self, request, event))
+            return None
+        return self.outcome(request, self.store.add(event))
+
+    def outcome(self, request: Request, outcome: Outcome) -> Response:
+        """The answer to one event after its commit, or after what went wrong. Raises Refusal."""
+        document = {"request_id": request.id, "event_id": outcome.event_id}
+        if outcome.kind == "stored":
+            return json_response({"status": "success", "message": "Event received and stored", **document},
+                                 outcome="stored", event_id=outcome.event_id)
+        if outcome.kind == "duplicate":
+            if outcome.identical and self.config.duplicates == "ok":
+                return json_response({"status": "duplicate", "message": "Event was already stored", **document},
+                                     outcome="duplicate", event_id=outcome.event_id)
+            message = "Duplicate event: this appointment_id and timestamp are already stored" + (
+                "" if outcome.identical else ", with other content; this one is kept aside")
+            raise Refusal(409, message, event_id=outcome.event_id, identical=outcome.identical)
+        if isinstance(outcome.error, StoreUnavailable):
+            raise outcome.error
+        self.log.line("ERROR", "An event could not be stored", request.id, "".join(
+            traceback.format_exception(type(outcome.error), outcome.error, outcome.error.__traceback__)))
+        raise Refusal(500, "The event could not be stored; the log tells why under this request id")
+
+    def show_event(self, request: Request, event_id: int) -> Response:
+        """GET /webhook/appointments/{event_id}."""
+        found = self.store.engine.events(Filter(), event_id - 1, 1, up_to=event_id)
+        if not found:
+            raise Refusal(404, "There is no event with this id")
+        return Response(200, event_text(found[0]).encode(), outcome="read", event_id=event_id)
+
+    def list_events(self, request: Request) -> Response:
+        """GET /webhook/appointments: a page of JSON, or all as NDJSON or CSV."""
+        values = parse_query(request.head.query, FILTERS)
+        media_type = wanted_type(request.head.get("accept"), MEDIA_TYPES)
+        if media_type is None:
+            raise Refusal(406, f"Events come as {', '.join(MEDIA_TYPES)}")
+        wanted = self._filter(values)
+        after = _number(values, "after", 0, 0, 2 ** 63 - 1)
+        if media_type != "application/json":
+            limit = _number(values, "limit", 2 ** 62, 1, 2 ** 62)
+            as_csv = media_type == "text/csv"
+            return Response(200, self._stream(wanted, after, limit, as_csv), MEDIA_TYPES[media_type], outcome="streamed")
+        limit = _number(values, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
+        events = self.store.engine.events(wanted, after, limit + 1)
+        following = None
+        if len(events) > limit:
+            events.pop()
+            following = "/webhook/appointments?" + urlencode({**values, "after": events[-1].id})
+        body = '{"events": [' + ", ".join(map(event_text, events)) + '], "next": ' + json.dumps(following) + "}"
+        return Response(200, body.encode(), outcome="read")
+
+    def _filter(self, values: dict) -> Filter:
+        times = {}
+        for name in ("since", "until"):
+            if name in values:
+                # "+02:00" not percent-encoded arrives as " 02:00"; a space cannot stand there otherwise
+                text = re.sub(r"([Tt ].*) (\d\d:?\d\d)$", r"\1+\2", values[name])
+                try:
+                    times[name] = canonical_timestamp(text)
+                except ValueError:
+                    raise Refusal(400, f"Filter {name} must be an ISO 8601 date-time, for example "
+                                       "2025-01-10T14:00:00Z") from None
+        kind, kinds = values.get("event_type"), self.reader.event_types
+        if kind is not None and kinds and kind not in kinds:
+            raise Refusal(400, f"Filter event_type must be one of: {', '.join(map(str, kinds))}")
+        if any("\0" in value for value in values.values()):
+            raise Refusal(400, "A filter must not hold U+0000")
+        return Filter(values.get("appointment_id"), values.get("patient_id"), kind, **times)
+
+    def _stream(self, wanted: Filter, after: int, limit: int, as_csv: bool) -> Iterator[bytes]:
+        """Events up to the newest one of now, page by page."""
+        up_to = self.store.engine.last_id()
+        if as_csv:
+            yield csv_lines([("id",) + COLUMNS])
+        while limit > 0:
+            events = self.store.engine.events(wanted, after, min(limit, PAGE), up_to)
+            if not events:
+                return
+            if as_csv:
+                yield csv_lines((event.id,) + event[:8] for event in events)
+            else:
+                yield "".join(event_text(event) + "\n" for event in events).encode()
+            limit -= len(events)
+            after = events[-1].id
+
+    def live(self, request: Request) -> Response:
+        """GET /health/live."""
+        return json_response({"status": "ok", "checks": {}})
+
+    def ready(self, request: Request) -> Response:
+        """GET /health/ready."""
+        return self._health_response("database", "service")
+
+    def health(self, request: Request) -> Response:
+        """GET /health."""
+        return self._health_response("database", "disk", "service")
+
+    def _health_response(self, *names: str) -> Response:
+        with self._health_lock:                         # one try a second is enough, however many ask
+            made, checks = self._health
+            if time.monotonic() - made > 1 or not checks:
+                checks = {"database": _check(self.store.probe()), "disk": _check_disk(self.config.database)}
+                self._health = (time.monotonic(), checks)
+        checks = {**checks, "service": _check("stopping" if self.draining else "")}
+        checks = {name: checks[name] for name in names}
+        healthy = all(check["status"] == "ok" for check in checks.values())
+        return json_response({"status": "ok" if healthy else "failing", "checks": checks}, 200 if healthy else 503,
+                             {} if healthy else RETRY_AFTER, "ok" if healthy else "failing")
+
+    def show_schema(self, request: Request) -> Response:
+        """GET /schema.json."""
+        return Response(200, self._schema_text, "application/schema+json")
+
+    def options(self, request: Request) -> Response:
+        """OPTIONS: what a path takes; the answer to a preflight of an allowed origin."""
+        head = request.head
+        try:
+            match_route("OPTIONS", head.path if head.target != "*" else ROUTES[0].path)
+        except Refusal as refusal:
+            if refusal.status != 405:
+                raise
+            allow = refusal.fields["Allow"] if head.target != "*" else "GET, HEAD, POST, OPTIONS"
+        fields = {"Allow": allow}
+        if head.answer_fields:
+            fields.update({"Access-Control-Allow-Methods": allow, "Access-Control-Allow-Headers": "Content-Type",
+                           "Access-Control-Max-Age": "600"})
+        return Response(204, b"", fields=fields)
+
+    # -- what every answer shares
+
+    def answer_bytes(self, request: Request, response: Response, close: bool) -> bytes:
+        """Head of `response`, with its body unless that is streamed or must not be sent."""
+        head, streamed = request.head, not isinstance(response.body, bytes)
+        lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}", "Server: webhook-server",
+                 f"Date: {self.date.text()}"]
+        if response.status != 204:
+            lines.append(f"Content-Type: {response.content_type}")
+            if not streamed:
+                lines.append(f"Content-Length: {len(response.body)}")
+            elif head.http11:
+                lines.append("Transfer-Encoding: chunked")
+        lines += [f"X-Request-ID: {request.id}", "X-Content-Type-Options: nosniff", "Cache-Control: no-store"]
+        lines += [f"{name}: {value}" for name, value in {**response.fields, **head.answer_fields}.items()]
+        if close:
+            lines.append("Connection: close")
+        elif not head.http11:
+            lines.append("Connection: keep-alive")
+        data = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+        return data if streamed or head.method == "HEAD" else data + response.body
+
+    def refused(self, request: Request, refusal: Refusal) -> Response:
+        """The answer to a Refusal."""
+        return json_response({"error": REASONS[refusal.status], "message": refusal.message, "request_id": request.id,
+                              **refusal.members}, refusal.status, refusal.fields, refusal.message,
+                             refusal.members.get("event_id"), refusal.close)
+
+    def failed(self, request: Request, error: Exception) -> Response:
+        """The answer to any other exception: 503 when the store cannot work now, else a bug and a 500."""
+        if isinstance(error, Refusal):
+            return self.refused(request, error)
+        if isinstance(error, StoreUnavailable):
+            return self.refused(request, Refusal(503, f"Nothing can be stored or read now: {error}; try again",
+                                                 fields=RETRY_AFTER))
+        self.log.line("ERROR", "Unexpected error", request.id,
+                      "".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        return self.refused(request, Refusal(500, "Unexpected error; the log tells more under this request id",
+                                             close=True))
+
+    def note(self, request: Request, status: int, outcome: str, event_id: Optional[int]) -> None:
+        """Log one request. The query is left out: it may name a patient."""
+        level = 20 if status < 400 else 30 if status < 500 else 40
+        head = request.head
+        self.log.request(RequestRecord(level, time.time(), request.id, head.method, printable(head.path), status, outcome,
+                                       event_id, time.perf_counter() - request.started, request.client, request.payload))
+
+
+def _number(values: dict, name: str, default: int, low: int, high: int) -> int:
+    if name not in values:
+        return default
+    if not re.fullmatch("[0-9]{1,19}", values[name], re.ASCII) or not low <= int(values[name]) <= high:
+        raise Refusal(400, f"Filter {name} must be a whole number from {low}" + (f" to {high}" if high < 2 ** 62 else ""))
+    return int(values[name])
+
+
+def json_response(document: dict, status: int = 200, fields: Optional[dict] = None, outcome: str = "ok",
+                  event_id: Optional[int] = None, close: bool = False) -> Response:
+    """A Response with `document` as its JSON body."""
+    return Response(status, json.dumps(document).encode(), fields=fields, outcome=outcome, event_id=event_id, close=close)
+
+
+def _check(trouble: str) -> dict:
+    return {"status": "failing", "message": trouble} if trouble else {"status": "ok"}
+
+
+def _check_disk(database: str) -> dict:
+    """Write and delete a small file beside the database."""
+    folder = os.path.dirname(os.path.abspath(database))
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(65536))
+            probe.flush()
+            os.fsync(probe.fileno())
+        return {**_check(""), "free_bytes": shutil.disk_usage(folder).free}
+    except OSError as error:
+        return _check(error.strerror or str(error))
+
+
+class EventAnswer(Submission):
+    """An event whose answer the writer's thread sends right after the commit, while the connection's own thread is
+    back in recv.
+
+    Hot path: waking 64 threads to let each send its answer limits the service to half of this rate, not the disk.
+    """
+    __slots__ = ("_application", "_request")
+
+    def __init__(self, application: Application, request: Request, event: AppointmentEvent) -> None:
+        self.event, self.arrived = event, time.monotonic()
+        self._application, self._request = application, request
+
+    def done(self, outcome: Outcome) -> None:
+        """Send and log the answer; never blocks on a socket, never raises."""
+        application, request = self._application, self._request
+        try:
+            if outcome.kind == "stored":
+                number = str(outcome.event_id)
+                request.handler.send_from_writer((STORED % (
+                    application.date.text(), STORED_BODY_LENGTH + len(number), request.id, request.id, number)).encode())
+                application.note(request, 200, "stored", outcome.event_id)
+                return
+            try:
+                response = application.outcome(request, outcome)
+            except Exception as error:
+                response = application.failed(request, error)
+            request.handler.send_from_writer(application.answer_bytes(request, response, False))
+            application.note(request, response.status, response.outcome, response.event_id)
+        except Exception:                               # the writer must go on for all the others
+            application.log.exception("An answer could not be sent", request.id)
+
+
+class Phase:
+    """What a connection waits for; most have a time limit, watched by the reaper."""
+    CONNECTED, IDLE, HEAD, BODY, WORK, SEND, LINGER = range(7)
+
+
+# Stands in for the head of a request whose head could not be read
+NO_HEAD = Head()
+NO_HEAD.method = NO_HEAD.path = "-"
+NO_HEAD.http11, NO_HEAD.answer_fields = True, {}
+LINGER_SECONDS = 2.0    # how long a refused sender may go on sending before we close, so that it can read our answer
+LINGER_BYTES = 16 * 1024 * 1024
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection, in a thread of its own: reads requests strictly, has the application answer, sends."""
+
+    def setup(self) -> None:
+        """Called once for a connection, before handle()."""
+        self.application: Application = self.server.application
+        self.connection = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.close_connection = False
+        self.timed_out = False                          # set by the reaper, which then ends our recv
+        self.phase, self.since = Phase.CONNECTED, time.monotonic()
+        self.submitted = self.answered = 0              # counted by this thread, counted by the writer's thread
+        self._buffer = b""
+        self._late: Optional[bytearray] = None          # answers that did not fit into the socket's buffer
+        self._late_lock = threading.Lock()
+        self._late_thread: Optional[threading.Thread] = None
+        self.server.opened(self)
+
+    def finish(self) -> None:
+        """Called once after handle(). Nobody may still want to send when the socket is closed: its number is reused."""
+        try:
+            self._settle()
+        finally:
+            self.server.closed(self)
+
+    def handle(self) -> None:
+        """Requests until one side closes."""
+        while not self.close_connection:
+            self.handle_one_request()
+
+    # -- reading
+
+    def handle_one_request(self) -> None:
+        """Read one request and have it answered.
+
+        Hot path: one recv, head and body found by position in what it gave, the head looked up among those seen before
+        (against readline and email.parser: +43 %). What came in pieces goes the slow way, _more_head and _more_body.
+        """
+        application = self.application
+        buffer = self._buffer or self._wait_for_request()
+        if not buffer:
+            self.close_connection = True
+            return
+        request = Request(NO_HEAD, b"", application.request_ids.next(), self.client_address[0], time.perf_counter(), self)
+        try:
+            end = buffer.find(b"\r\n\r\n") + 4
+            head = application.heads.get(buffer[:end]) if end > 3 else None
+            if head is None:
+                buffer, end = self._more_head(buffer)
+                head = application.head(buffer[:end])
+            request.head = head
+            if head.refusal is not None:
+                self._buffer = buffer[end:]
+                response = application.refused(request, head.refusal)
+            else:
+                at = end + (head.length or 0)
+                if head.chunked or len(buffer) < at:
+                    request.body = self._more_body(head, buffer[end:])
+                else:
+                    request.body, self._buffer = buffer[end:at], buffer[at:]
+                self.phase = Phase.WORK
+                response = head.endpoint(request, *head.arguments)
+        except Exception as error:
+            response = application.failed(request, error)
+        if response is not None:
+            self._respond(request, response)
+        elif self.submitted - self.answered > MAX_PIPELINED:
+            self._settle()
+
+    def _recv(self) -> bytes:
+        """What the peer sent, b"" when it ended, broke, or took too long."""
+        try:
+            return self.connection.recv(65536)
+        except OSError:
+            return b""
+
+    def _wait_for_request(self) -> bytes:
+        if self.phase != Phase.CONNECTED:
+            self.phase, self.since = Phase.IDLE, time.monotonic()
+        # Checked after the phase is set, as drain() sets `draining` before it looks at phases: one of us sees the other
+        if self.timed_out:
+            return b""
+        if self.application.draining:                   # what has come already is still answered
+            self.connection.settimeout(0.001)
+        return self._recv()
+
+    def _more_head(self, buffer: bytes) -> tuple:
+        """(bytes, where the head in them ends), reading on as long as it takes. Raises Refusal."""
+        if self.phase != Phase.CONNECTED:
+            self.since = time.monotonic()
+        self.phase = Phase.HEAD
+        limits, piece = self.application.limits, buffer
+        while True:
+            buffer = buffer.lstrip(b"\r\n") if buffer[:2] == b"\r\n" else buffer       # RFC 9112 section 2.2
+            # Trickled bytes are looked at when a line ends, or it would cost the square of their number
+            end = find_head(buffer, limits) if b"\n" in piece or len(piece) == len(buffer) or \
+                len(buffer) > limits.request_line else -1
+            if end >= 0:
+                return buffer, end
+            piece = self._recv()
+            if not piece:
+                raise self._ended("head", self.application.config.header_timeout)
+            buffer += piece
+
+    def _more_body(self, head: Head, begun: bytes) -> bytes:
+        """The body, of which `begun` has come; keeps what follows it. Raises Refusal."""
+        self.phase, self.since = Phase.BODY, time.monotonic()
+        if head.expect_continue and not begun:
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n", Phase.BODY)
+        if head.chunked:
+            decoder = ChunkedBody(self.application.limits)
+            decoder.feed(begun)
+            while decoder.rest is None:
+                decoder.feed(self._recv_body())
+            self._buffer = decoder.rest
+            return bytes(decoder.body)
+        pieces, size = [begun], len(begun)
+        while size < head.length:
+            pieces.append(self._recv_body())
+            size += len(pieces[-1])
+        body = b"".join(pieces)
+        self._buffer = body[head.length:]
+        return body[:head.length]
+
+    def _recv_body(self) -> bytes:
+        piece = self._recv()
+        if not piece:
+            raise self._ended("body", self.application.config.body_timeout)
+        return piece
+
+    def _ended(self, part: str, limit: float) -> Refusal:
+        if self.timed_out:
+            return Refusal(408, f"The {part} of the request took longer than {limit:g} seconds", close=True)
+        return Refusal(400, f"The connection ended before the whole {part} had come", close=True)
+
+    # -- answering
+
+    def _respond(self, request: Request, response: Response) -> None:
+        """Send a Response from this thread, after all answers that the writer still owes this connection."""
+        application, head = self.application, request.head
+        close = response.close or head is NO_HEAD or not head.keep_alive or application.draining or self.timed_out
+        if not isinstance(response.body, bytes) and not head.http11:
+            close = True                                # HTTP/1.0: the end of the connection ends the body
+        outcome = response.outcome
+        if self._send(application.answer_bytes(request, response, close)) and not isinstance(response.body, bytes):
+            outcome = self._stream(request, response)
+            close = close or outcome != response.outcome
+        application.note(request, response.status, outcome, response.event_id)
+        if close:
+            self.close_connection = True
+            if response.close or head is NO_HEAD:
+                self._linger()
+
+    def _stream(self, request: Request, response: Response) -> str:
+        """Send the pieces of a body as they are made. Gives the outcome for the log."""
+        head = request.head
+        try:
+            for piece in response.body if head.method != "HEAD" else ():
+                if not self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if head.http11 else piece):
+                    return "receiver left"
+            if head.http11 and head.method != "HEAD":
+                self._send(b"0\r\n\r\n")
+        except Exception as error:                      # the status is sent: a missing end tells that it went wrong
+            self.application.failed(request, error)
+            self.close_connection = True
+            return f"broken off: {error}" if isinstance(error, StoreUnavailable) else "broken off"
+        return response.outcome
+
+    def _send(self, data: bytes, phase_after: int = Phase.WORK) -> bool:
+        """Send all of `data` in order after what the writer owes; False when the peer is gone or does not read."""
+        self._settle()
+        self.phase, self.since = Phase.SEND, time.monotonic()
+        try:
+            self.connection.sendall(data)
+        except OSError:
+            self.close_connection = True
+            return False
+        self.phase, self.since = phase_after, time.monotonic()
+        return True
+
+    def send_from_writer(self, data: bytes) -> None:
+        """Called on the writer's thread: send without blocking; what does not fit, a thread of its own sends."""
+        if self._late is None:
+            try:
+                sent = self.connection.send(data, SEND_AT_ONCE)
+            except BlockingIOError:
+                sent = 0
+            except OSError:                             # gone; its own thread will notice
+                sent = len(data)
+            if sent == len(data):
+                self.answered += 1
+                return
+            data = data[sent:]
+        with self._late_lock:
+            if self._late is None:
+                self._late = bytearray()
+                self._late_thread = threading.Thread(target=self._send_late, name="webhook-late", daemon=True)
+                self._late_thread.start()
+            self._late += data
+        self.answered += 1
+
+    def _send_late(self) -> None:
+        while True:
+            with self._late_lock:
+                data = bytes(self._late)
+                if not data:
+                    self._late = None
+                    return
+                del self._late[:]
+            self.phase, self.since = Phase.SEND, time.monotonic()
+            try:
+                self.connection.sendall(data)
+                self.phase, self.since = Phase.IDLE, time.monotonic()
+            except OSError:
+                self.close_connection = True
+
+    def _settle(self) -> None:
+        """Wait until the writer has sent, or handed on, every answer it owes this connection."""
+        if self.submitted != self.answered:
+            self.application.store.settle()
+        late = self._late_thread
+        if late is not None:
+            late.join()
+            self._late_thread = None
+
+    def _linger(self) -> None:
+        """Let the peer finish sending (RFC 9112 section 9.6): closing on unread bytes would destroy our answer."""
+        self.phase, self.since = Phase.LINGER, time.monotonic()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        size = 0
+        while size < LINGER_BYTES and not self.timed_out:
+            piece = self._recv()
+            if not piece:
+                return
+            size += len(piece)
+
+    # -- ending, called on other threads
+
+    def expire(self, now: float, limits: dict) -> None:
+        """Called by the reaper: end what has waited longer than limits[phase]. The own thread then answers or closes."""
+        phase = self.phase
+        if phase in limits and now - self.since > limits[phase] and not self.timed_out:
+            self.timed_out = True
+            # Windows does not wake a recv when only reading is shut down
+            half = socket.SHUT_RD if phase != Phase.SEND and os.name == "posix" else socket.SHUT_RDWR
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(half)
+
+    def end(self, at_once: bool) -> None:
+        """Called to drain: end this connection if it is idle, or whatever it does."""
+        if at_once or self.phase in (Phase.CONNECTED, Phase.IDLE):
+            with contextlib.suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR if at_once or os.name != "posix" else socket.SHUT_RD)
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts connections within the limits, watches their times, ends them."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+    allow_reuse_address = os.name == "posix"            # on Windows it would let two servers share a port
+    STACK = 1024 * 1024                                 # bytes: 512 connections must not want 4 GiB; musl's 128 KiB is short
+    REAP = 0.25                                         # seconds between looks at the connections' times
+    REFUSED_KEPT = 128                                  # refused connections that may read their 503 at leisure
+
+    def __init__(self, application: Application) -> None:
+        """Bind and listen. Raises SetupError."""
+        self.application = application
+        self._lock = threading.Lock()
+        self._handlers: set = set()
+        self._count = 0
+        self._by_address: dict = {}
+        self._refused: deque = deque()
+        self._full_since = 0.0
+        self._stop = threading.Event()
+        self._threads: list = []
+        config = application.config
+        try:
+            self.address_family, _, _, _, address = socket.getaddrinfo(
+                config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            super().__init__(address[:2], Handler)
+        except (OSError, UnicodeError) as error:
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                reason = "the port is in use by another program; choose another with --port"
+            else:
+                reason = getattr(error, "strerror", None) or str(error)
+            raise SetupError(f"cannot listen on {config.host} port {config.port}: {reason}") from None
+        host, self.port = self.socket.getsockname()[:2]
+        application.loopback = bool(LOOPBACK.fullmatch(host))
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def server_bind(self) -> None:
+        """Bind without looking up a name for the address: a locked-down machine has no DNS to wait for."""
+        if self.address_family == socket.AF_INET6:
+            with contextlib.suppress(OSError, AttributeError):          # "::" takes IPv4 too
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def start(self) -> None:
+        """Accept from now on, in threads of our own."""
+        for name, target in (("accept", lambda: self.serve_forever(0.1)), ("reaper", self._reap)):
+            thread = threading.Thread(target=target, name=f"webhook-{name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    # -- accepting
+
+    def get_request(self) -> tuple:
+        """One accepted connection."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._tell_full(f"cannot accept connections: {error.strerror}; raise the limit of open files (ulimit -n)")
+                self._stop.wait(0.05)                   # the connection stays in the queue; do not spin on it
+            raise
+
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+        """Start a thread for a connection, or refuse it when there are too many."""
+        config, address = self.application.config, client_address[0]
+        with self._lock:
+            mine = self._by_address.get(address, 0)
+            reason = "There are too many connections" if self._count >= config.max_connections else \
+                "There are too many connections from your address" if mine >= config.max_connections_per_address else ""
+            if not reason:
+                self._count += 1
+                self._by_address[address] = mine + 1
+        if not reason:
+            try:
+                self._start_thread(request, client_address)
+                return
+            except RuntimeError:                        # the system gives no more threads
+                self._forget(address)
+                reason = "There are too many connections"
+        self._refuse(request, address, reason)
+
+    def _start_thread(self, request: socket.socket, client_address: tuple) -> None:
+        before = threading.stack_size(self.STACK)
+        try:
+            threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True).start()
+        finally:
+            threading.stack_size(before)
+
+    def _refuse(self, connection: socket.socket, address: str, reason: str) -> None:
+        application = self.application
+        refused = Request(NO_HEAD, b"", application.request_ids.next(), address, time.perf_counter(), None)
+        response = application.refused(refused, Refusal(503, reason, close=True, fields=RETRY_AFTER))
+        with contextlib.suppress(OSError):
+            connection.setblocking(False)
+            connection.send(application.answer_bytes(refused, response, True))
+            connection.shutdown(socket.SHUT_WR)
+        self._tell_full(f"{reason}: refused one from {address} ({self._count} are open)")
+        self._refused.append((time.monotonic() + 1, connection))
+        while len(self._refused) > self.REFUSED_KEPT:
+            self._refused.popleft()[1].close()
+
+    def _tell_full(self, message: str) -> None:
+        if time.monotonic() - self._full_since > 1:     # once a second: an attack must not fill the log
+            self._full_since = time.monotonic()
+            self.application.log.line("WARNING", message)
+
+    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
+        """A connection from setup to close, on its own thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._forget(client_address[0])
+
+    def _forget(self, address: str) -> None:
+        with self._lock:
+            self._count -= 1
+            left = self._by_address[address] - 1
+            if left:
+                self._by_address[address] = left
+            else:
+                del self._by_address[address]
+
+    def handle_error(self, request: Any, client_address: tuple) -> None:
+        """A bug outside of any request, or a peer that was gone before setup."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            self.application.log.exception("Unexpected error on a connection")
+
+    def opened(self, handler: Handler) -> None:
+        """Called by a handler at its start."""
+        with self._lock:
+            self._handlers.add(handler)
+
+    def closed(self, handler: Handler) -> None:
+        """Called by a handler at its end."""
+        with self._lock:
+            self._handlers.discard(handler)
+
+    # -- ending
+
+    def _reap(self) -> None:
+        config = self.application.config
+        limits = {Phase.CONNECTED: config.header_timeout, Phase.IDLE: config.idle_timeout,
+                  Phase.HEAD: config.header_timeout, Phase.BODY: config.body_timeout, Phase.SEND: config.body_timeout,
+                  Phase.LINGER: LINGER_SECONDS}
+        while not self._stop.wait(self.REAP):
+            now = time.monotonic()
+            for handler in self._open_handlers():
+                handler.expire(now, limits)
+            while self._refused and self._refused[0][0] < now:
+                self._refused.popleft()[1].close()
+
+    def _open_handlers(self) -> list:
+        with self._lock:
+            return list(self._handlers)
+
+    def stop(self, seconds: float) -> int:
+        """Accept no more, answer what has come, end idle connections; after `seconds` end all. Gives how many were cut."""
+        self.application.draining = True
+        if self._threads:
+            self.shutdown()
+            self._accept_waiting()
+        self.socket.close()
+        deadline = time.monotonic() + seconds
+        while self._count and time.monotonic() < deadline:
+            for handler in self._open_handlers():
+                handler.end(at_once=False)
+            time.sleep(0.01)
+        cut = self._open_handlers()
+        for handler in cut:
+            handler.end(at_once=True)
+        while self._count and time.monotonic() < deadline + 1:
+            time.sleep(0.01)
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        while self._refused:
+            self._refused.popleft()[1].close()
+        return len(cut)
+
+    def _accept_waiting(self) -> None:
+        """Take what the system has accepted for us already: closing the listener would reset these."""
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            while True:
+                connection, address = self.socket.accept()
+                connection.setblocking(True)
+                self.process_request(connection, address)
+
+
+# =============================================================================
+# Service: makes the parts, hands them to each other, starts and stops them. Two can live in one process.
+# =============================================================================
+
+class Callbacks:
+    """Runs on_event for each stored event, in order, on a thread of its own.
+
+    At most 10,000 events wait; then commits wait too, so that a slow callback slows senders instead of eating memory.
+    """
+
+    def __init__(self, on_event: Callable[[AppointmentEvent], None], log: Log) -> None:
+        self._on_event, self._log = on_event, log
+        self._queue: queue.Queue = queue.Queue(10000)
+        self.put = self._queue.put
+        self._thread = threading.Thread(target=self._run, name="webhook-callbacks", daemon=True)
+
+    def start(self) -> None:
+        """Start calling."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Call for what is queued, then end."""
+        if self._thread.ident is not None:
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            event = self._queue.get()
+            if event is None:
+                return
+            try:
+                self._on_event(event)
+            except Exception:                           # foreign code: its error must not end the thread
+                self._log.exception(f"on_event failed for event {event.id}")
+
+
+def load_schema(path: str) -> tuple:
+    """(document, its text as bytes, a warning or "") of the file, or of schema.json beside the program.
+
+    Raises SetupError when the file named is missing, or any file is not JSON.
+    """
+    file = Path(path) if path else Path(__file__).resolve().with_name("schema.json")
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        if path:
+            raise SetupError(f"schema {file}: {error.strerror}") from None
+        return EVENT_SCHEMA, json.dumps(EVENT_SCHEMA, indent=2).encode(), \
+            f"{file} cannot be read ({error.strerror}): the built-in schema is used"
+    try:
+        return parse_json(data)[0], data, ""
+    except JSONError as error:
+        raise SetupError(f"schema {file}: {error}") from None
+
+
+def read_schema(path: str) -> tuple:
+    """(EventReader, text of the schema as bytes, warnings). Raises SetupError that names file, place and reason."""
+    document, text, warning = load_schema(path)
+    try:
+        reader = EventReader(document)
+    except SchemaError as error:
+        raise SetupError(f"schema {path or 'schema.json'}: {error}") from None
+    warnings = [warning] if warning else []
+    warnings += [f"schema: the unknown keyword {keyword} at {place or '/'} is ignored; was {suggestion} meant?"
+                 for place, keyword, suggestion in reader.schema.misspelt]
+    required = document.get("required", ()) if isinstance(document, dict) else ()
+    warnings += [f"schema: {name} is not required there, but events without it are refused all the same"
+                 for name in REQUIRED_FIELDS if name not in required]
+    return reader, text, warnings
+
+
+class WebhookServer:
+    """The whole service, to be embedded or run by the command line.
+
+        with WebhookServer(Config(port=0, database="events.db"), on_event=callback) as server:
+            print(server.url)           # http://127.0.0.1:49152
+
+    `on_event(event)` gets each AppointmentEvent after its commit, in order, on a thread of its own. `logger` takes the
+    log instead of stderr or log_file. Raises SetupError when something keeps it from starting.
+    """
+
+    def __init__(self, config: Optional[Config] = None, on_event: Optional[Callable[[AppointmentEvent], None]] = None,
+                 logger: Optional[logging.Logger] = None) -> None:
+        self.config = config = config or Config()
+        reader, schema_text, self._warnings = read_schema(config.schema)
+        sink = LoggerSink(logger) if logger else StreamSink() if not config.log_file else \
+            FileSink(config.log_file, config.log_max_bytes, config.log_backups)
+        self.log = Log(sink, config.log_level, Redactor(config.log_payloads, reader.field_names))
+        self._callbacks = Callbacks(on_event, self.log) if on_event else None
+        self.store = Store(SQLite(config.database), config.busy_timeout,
+                           self._callbacks.put if self._callbacks else None, self._tell_trouble)
+        self._application = Application(config, reader, self.store, self.log, schema_text)
+        self._server: Optional[Server] = None
+        self._stopped = False
+
+    @property
+    def url(self) -> str:
+        """Where it listens, such as http://127.0.0.1:8000. Only while it runs."""
+        return self._server.url
+
+    @property
+    def port(self) -> int:
+        """The port that it has, also where 0 was asked for. Only while it runs."""
+        return self._server.port
+
+    def start(self) -> WebhookServer:
+        """Listen. Raises SetupError; then nothing runs, and nothing was made but perhaps the database."""
+        server = Server(self._application)              # the port first: a busy one must not touch the database
+        try:
+            self.store.engine.open()
+        except BaseException:
+            server.socket.close()
+            raise
+        self._server = server
+        self.log.start()
+        for warning in self._warnings:
+            self.log.line("WARNING", warning)
+        if self._callbacks:
+            self._callbacks.start()
+        self.store.start()
+        server.start()
+        self.log.line("INFO", f"Service started on {server.url}, database {self.config.database}")
+        return self
+
+    def stop(self) -> None:
+        """Accept no more, answer what is in flight, commit, checkpoint, flush the log. May be called twice."""
+        if self._server is None or self._stopped:
+            return
+        self._stopped = True
+        cut = self._server.stop(self.config.shutdown_timeout)
+        if cut:
+            self.log.line("WARNING", f"{cut} connections were cut after {self.config.shutdown_timeout:g} seconds")
+        self.store.stop()
+        if self._callbacks:
+            self._callbacks.stop()
+        self.log.line("INFO", "Service stopped")
+        self.log.stop()
+
+    def __enter__(self) -> WebhookServer:
+        return self.start()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stop()
+
+    def _tell_trouble(self, trouble: str) -> None:
+        if trouble:
+            self.log.line("ERROR", f"Events cannot be stored and are answered 503: {trouble}. Senders should try again; "
+                                   "mend this and service comes back by itself")
+        else:
+            self.log.line("INFO", "Events are stored again")
+
+
+# =============================================================================
+# Command line: serve, check, send, bench. Knows terminals, signals and exit codes.
+# =============================================================================
+
+EXIT_FINE, EXIT_NO, EXIT_USAGE = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, exit 2."""
+
+    def error(self, message: str) -> None:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (--help shows how)\n")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """A flag for each setting of Config."""
+    group = parser.add_argument_group("settings (each also as WEBHOOK_NAME in the environment; flags win)")
+    for field in dataclasses.fields(Config):
+        many = isinstance(field.default, tuple)
+        default = "" if many or field.default == "" else f" (default: {field.default})"
+        group.add_argument(flag_of(field.name), dest=field.name, metavar=field.metadata["metavar"],
+                           action="append" if many else "store",
+                           help=(field.metadata["help"] + default).replace("%", "%%"))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="webhook_server.py", description="Takes appointment events over HTTP and keeps each of them for "
+                     "good in SQLite. Without a command it serves.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"webhook_server.py {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    serve = commands.add_parser("serve", help="take events (the default); serve --help shows all settings",
+                                allow_abbrev=False, description="Take events until SIGTERM or Ctrl-C.")
+    add_settings(serve)
+    check = commands.add_parser("check", help="validate events in files, without a server", allow_abbrev=False,
+                                description="Validate events in JSON (one event or an array) or NDJSON files. Prints "
+                                "'file:line: /path message' for each problem; exit 1 if there is any.")
+    check.add_argument("files", nargs="+", metavar="FILE", help="file to read; - is standard input")
+    check.add_argument("--schema", help="JSON Schema to check by (default: schema.json beside the program)")
+    send = commands.add_parser("send", help="post an event and print the answer", allow_abbrev=False,
+                               description="Post a valid test event, or the one in FILE, and print status and body. Exit 1 "
+                               "if the answer is not 2xx.")
+    send.add_argument("file", nargs="?", metavar="FILE", help="body to send as it is; - is standard input")
+    send.add_argument("--url", default="http://127.0.0.1:8000", help="server to send to (default: %(default)s)")
+    for name in REQUIRED_FIELDS + ("notes",):
+        send.add_argument(flag_of(name), metavar="TEXT", help="value of the test event")
+    bench = commands.add_parser("bench", help="measure a server of its own on a temporary database", allow_abbrev=False,
+                                description="Start a server on a temporary database, load it from separate processes, print "
+                                "requests a second and latencies, and compare the rows with the 200s.")
+    bench.add_argument("--seconds", default="3", help="time of each round (default: %(default)s)")
+    bench.add_argument("--connections", default="1,16,64", help="rounds (default: %(default)s)")
+    bench.add_argument("--load", metavar="URL", help=argparse.SUPPRESS)
+    bench.add_argument("--folder", help="where the temporary database goes (default: the system's)")
+    return parser
+
+
+def main(arguments: Optional[list] = None) -> int:
+    """Run a command; gives the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version"):
+        arguments.insert(0, "serve")
+    if arguments in (["-h"], ["--help"]):
+        print(help_text())
+        return EXIT_FINE
+    options = make_parser().parse_args(arguments)
+    commands = {"serve": serve, "check": check, "send": send, "bench": bench}
+    try:
+        return commands[options.command](options)
+    except SetupError as error:
+        print(f"webhook_server.py: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:                             # the reader of our output left, as with | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return EXIT_NO
+    except KeyboardInterrupt:
+        return 130
+
+
+def help_text() -> str:
+    """What --help prints: the commands and, as serving is the default, its settings."""
+    parser = make_parser()
+    add_settings(parser)
+    return parser.format_help()
+
+
+# -- serve
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; a second one exits at once."""
+    config = Config.read(vars(options), dict(os.environ))
+    _raise_file_limit(config.max_connections)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    server = WebhookServer(config)
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    with server:
+        with contextlib.suppress(OSError, ValueError):  # nobody may be there to read it
+            print(f"Listening on {server.url}", flush=True)
+        while not stop.wait(1):                         # Windows takes no Ctrl-C in an endless wait
+            pass
+    return EXIT_FINE
+
+
+def _raise_file_limit(connections: int) -> None:
+    """Each connection is an open file; many systems start with 1,024 and allow more."""
+    if resource is not None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + 256
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE,
+                                   (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+# -- check
+
+def check(options: argparse.Namespace) -> int:
+    """Print every problem of the events in files; 1 if there is any."""
+    reader, _, warnings = read_schema(options.schema or os.environ.get("WEBHOOK_SCHEMA", ""))
+    for warning in warnings:
+        print(f"webhook_server.py: {warning}", file=sys.stderr)
+    found = False
+    for name in options.files:
+        for line, path, message in check_text(reader, _read_input(name)):
+            found = True
+            print(f"{'<stdin>' if name == '-' else name}:{line}: {path or '/'} {printable(message, 500)}")
+    return EXIT_NO if found else EXIT_FINE
+
+
+def _read_input(name: str) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise SetupError(f"{name}: {error.strerror}") from None
+
+
+def check_text(reader: EventReader, data: bytes) -> Iterator[tuple]:
+    """(line, path, message) of every problem in JSON (an event, or an array of them) or NDJSON."""
+    try:
+        value, text = parse_json(data)
+    except JSONError as error:
+        lines = data.splitlines()
+        if not (len(lines) > 1 and _is_json(lines[0])):
+            yield error.line, "", str(error)
+            return
+        for number, line in enumerate(lines, 1):        # NDJSON: every line a value, empty ones aside
+            if line.strip():
+                yield from _check_line(reader, line, number)
+        return
+    if isinstance(value, list):
+        for index, (item, line) in enumerate(zip(value, _item_lines(text))):
+            for problem in _problems(reader, item):
+                yield line, f"/{index}{problem.path}", problem.message
+    else:
+        first = text.count("\n", 0, len(text) - len(text.lstrip())) + 1
+        for problem in _problems(reader, value):
+            yield first, problem.path, problem.message
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        parse_json(line)
+        return True
+    except JSONError:
+        return False
+
+
+def _check_line(reader: EventReader, line: bytes, number: int) -> Iterator[tuple]:
+    try:
+        value = parse_json(line)[0]
+    except JSONError as error:
+        yield number, "", f"Invalid JSON: {error.reason} at column {error.column}"
+        return
+    for problem in _problems(reader, value):
+        yield number, problem.path, problem.message
+
+
+def _problems(reader: EventReader, value: Any) -> list:
+    try:
+        reader.event(value, "", "")
+        return []
+    except InvalidEvent as error:
+        return error.problems
+
+
+def _item_lines(text: str) -> Iterator[int]:
+    """The line on which each item of the array `text` begins."""
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        at = _SPACE.match(text, at).end()
+        if text[at] == "]":
+            return
+        line, counted = line + text.count("\n", counted, at), at
+        yield line
+        at = _SPACE.match(text, _SCAN(text, at)[1]).end()
+        at += text[at] == ","
+
+
+# -- send
+
+def send(options: argparse.Namespace) -> int:
+    """Post one event; print status and body."""
+    if options.file:
+        body = _read_input(options.file)
+    else:
+        now = datetime.now(timezone.utc)
+        event = {"event_type": "scheduled", "appointment_id": f"TEST-{now:%Y%m%d%H%M%S%f}", "patient_id": "TEST-PATIENT",
+                 "timestamp": now.strftime("%Y-%m-%dT%H:%M:%SZ"), "notes": "Test event"}
+        event.update({name: getattr(options, name) for name in event if getattr(options, name) is not None})
+        body = json.dumps(event).encode()
+    parts = urlsplit(options.url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise SetupError(f"--url: {printable(options.url)} is not an http:// or https:// address")
+    url = options.url if parts.path.strip("/") else options.url.rstrip("/") + "/webhook/appointments"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))       # a proxy would see patients' data
+    try:
+        with contextlib.closing(opener.open(request, timeout=30)) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    except (OSError, ValueError) as error:
+        print(f"webhook_server.py: cannot send to {url}: {getattr(error, 'reason', error)}", file=sys.stderr)
+        return EXIT_NO
+    print(status)
+    print(text.decode("utf-8", "replace"))
+    return EXIT_FINE if 200 <= status < 300 else EXIT_NO
+
+
+# -- bench
+
+def bench(options: argparse.Namespace) -> int:
+    """Measure a server of our own; 1 when rows and 200s differ."""
+    seconds = _checked(_seconds, options.seconds, "--seconds")
+    levels = [_checked(_whole(1, 10000), level.strip(), "--connections") for level in options.connections.split(",")]
+    if options.load:
+        print(json.dumps(bench_load(urlsplit(options.load), levels[0], seconds)))
+        return EXIT_FINE
+    if options.folder and not os.path.isdir(options.folder):
+        raise SetupError(f"--folder: {options.folder} is not a folder")
+    print(f"{'connections':>11} {'requests/s':>11} {'P50 ms':>8} {'P95 ms':>8} {'P99 ms':>8} {'not 200':>8} {'rows = 200s':>12}",
+          flush=True)
+    fine = True
+    for level in levels:
+        with tempfile.TemporaryDirectory(prefix="webhook-bench-", dir=options.folder) as folder:
+            fine = _bench_round(folder, level, seconds) and fine
+    return EXIT_FINE if fine else EXIT_NO
+
+
+def _checked(parse: Callable[[Any], Any], value: str, flag: str) -> Any:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise SetupError(f"{flag}: {error}") from None
+
+
+def _bench_round(folder: str, connections: int, seconds: float) -> bool:
+    database = os.path.join(folder, "events.db")
+    program = [sys.executable, "-S", "-I", os.path.abspath(__file__)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WEBHOOK_")}
+    server = subprocess.Popen(program + [
+        "serve", "--port", "0", "--database", database, "--log-file", os.path.join(folder, "server.log"),
+        "--max-connections", str(connections + 64), "--max-connections-per-address", str(connections + 64)],
+        stdout=subprocess.PIPE, env=environment)
+    try:
+        url = server.stdout.readline().decode().rpartition(" ")[2].strip()
+        if not url:
+            raise SetupError("the server to measure did not start")
+        processes = 2 if connections >= 16 else 1
+        loads = [subprocess.Popen(program + ["bench", "--load", url, "--seconds", str(seconds), "--connections",
+                                             str((connections + index) // processes)], stdout=subprocess.PIPE)
+                 for index in range(processes)]
+        _show_progress(connections, seconds, loads)
+        results = [json.loads(load.communicate()[0]) for load in loads]
+    finally:
+        server.terminate()
+        server.wait()
+        server.stdout.close()
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        rows = connection.execute("SELECT count(*) FROM appointment_events").fetchone()[0]
+    times = sorted(itertools.chain.from_iterable(result["microseconds"] for result in results))
+    lost = sum(result["not_200"] for result in results)
+    p50, p95, p99 = (times[int(len(times) * part)] / 1000 for part in (0.50, 0.95, 0.99)) if times else (0, 0, 0)
+    verdict = "yes" if rows == len(times) else f"NO: {rows} rows, {len(times)} 200s"
+    print(f"{connections:11} {len(times) / seconds:11.0f} {p50:8.2f} {p95:8.2f} {p99:8.2f} {lost:8} {verdict:>12}", flush=True)
+    return rows == len(times) and not lost
+
+
+def _show_progress(connections: int, seconds: float, loads: list) -> None:
+    started, live = time.monotonic(), sys.stderr.isatty()
+    while any(load.poll() is None for load in loads):
+        passed = min(time.monotonic() - started, seconds)
+        if live:
+            print(f"\r{connections} connections: {passed:.1f} of {seconds:g} s ", end="", file=sys.stderr, flush=True)
+        try:
+            loads[0].wait(0.2)
+        except subprocess.TimeoutExpired:
+            continue
+        if not live or all(load.poll() is not None for load in loads):
+            break
+    print("\r" + " " * 40 + "\r" if live else f"{connections} connections measured", end="" if live else "\n",
+          file=sys.stderr, flush=True)
+
+
+def bench_load(url: Any, connections: int, seconds: float) -> dict:
+    """Post unique events over `connections` connections, one at a time on each, until `seconds` are over.
+
+    Gives {"microseconds": [time of each 200], "not_200": number of other answers or broken connections}.
+    """
+    selector, times, counter, failed = selectors.DefaultSelector(), [], itertools.count(), 0
+    end = time.perf_counter() + seconds
+
+    def post(connection: socket.socket) -> None:
+        number = next(counter)
+        body = (f'{{"event_type": "scheduled", "appointment_id": "BENCH-{os.getpid()}-{number}", "patient_id": "PAT-{number % 5000}", '
+                f'"timestamp": "2025-01-10T14:00:00Z", "notes": "Follow-up in room 4, bring earlier results."}}')
+        started[connection] = time.perf_counter()
+        connection.sendall((f"POST /webhook/appointments HTTP/1.1\r\nHost: {url.netloc}\r\nContent-Type: application/json\r\n"
+                            f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
+
+    started: dict = {}
+    for _ in range(connections):
+        connection = socket.create_connection((url.hostname, url.port), timeout=10)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        selector.register(connection, selectors.EVENT_READ)
+        post(connection)
+    while started:
+        ready = selector.select(10)
+        if not ready:
+            return {"microseconds": times, "not_200": failed + len(started)}
+        for key, _ in ready:
+            connection = key.fileobj
+            answer = connection.recv(65536)             # our answers come in one piece
+            now = time.perf_counter()
+            began = started.pop(connection)
+            if answer.startswith(b"HTTP/1.1 200 "):
+                times.append(int((now - began) * 1e6))
+            else:
+                failed += 1
+            if now < end and answer:
+                post(connection)
+            else:
+                selector.unregister(connection)
+                connection.close()
+    return {"microseconds": times, "not_200": failed}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
