@@ -1533,6 +1533,8 @@ class EventReader:
                          for name in REQUIRED_FIELDS
                          if isinstance(value.get(name), str) and not value[name].strip() and "/" + name not in named]
         return problems
+
+
 # =============================================================================
 # Store: events on disk, one commit for all who wait. Knows SQL; knows nothing of HTTP, of logs or of who sent what why.
 # =============================================================================
@@ -3650,7 +3652,7 @@ def main(arguments: Optional[list] = None) -> int:
         print(help_text())
         return EXIT_FINE
     options = make_parser().parse_args(arguments)
-    commands = {"serve": serve, "check": check, "send": send, "bench": bench}
+    commands = {"serve": run_serve, "check": run_check, "send": run_send, "bench": run_bench}
     try:
         return commands[options.command](options)
     except SetupError as error:
@@ -3672,7 +3674,7 @@ def help_text() -> str:
 
 # -- serve
 
-def serve(options: argparse.Namespace) -> int:
+def run_serve(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; a second one exits at once."""
     config = Config.read(vars(options), dict(os.environ))
     _raise_file_limit(config.max_connections)
@@ -3708,7 +3710,7 @@ def _raise_file_limit(connections: int) -> None:
 
 # -- check
 
-def check(options: argparse.Namespace) -> int:
+def run_check(options: argparse.Namespace) -> int:
     """Print every problem of the events in files; 1 if there is any."""
     reader, _, warnings = read_schema(options.schema or os.environ.get("WEBHOOK_SCHEMA", ""))
     for warning in warnings:
@@ -3792,7 +3794,7 @@ def _item_lines(text: str) -> Iterator[int]:
 
 # -- send
 
-def send(options: argparse.Namespace) -> int:
+def run_send(options: argparse.Namespace) -> int:
     """Post one event; print status and body."""
     if options.file:
         body = _read_input(options.file)
@@ -3823,7 +3825,7 @@ def send(options: argparse.Namespace) -> int:
 
 # -- bench
 
-def bench(options: argparse.Namespace) -> int:
+def run_bench(options: argparse.Namespace) -> int:
     """Measure a server of our own; 1 when rows and 200s differ."""
     seconds = _checked(_seconds, options.seconds, "--seconds")
     levels = [_checked(_whole(1, 10000), level.strip(), "--connections") for level in options.connections.split(",")]
