@@ -23,7 +23,8 @@ if [ -z "${PYTHON:-}" ]; then
     done
 fi
 if ! fits "${PYTHON:-python3}"; then
-    echo "run.sh: ${PYTHON:-no python3 here} is not Python 3.9 or newer with its sqlite3 module; try PYTHON=/path/to/python3 $0" >&2
+    echo "run.sh: ${PYTHON:-no python3 here} is not Python 3.9 or newer with its sqlite3 module;" \
+        "try PYTHON=/path/to/python3 $0" >&2
     exit 2
 fi
 

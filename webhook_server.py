@@ -3577,6 +3577,7 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"            # on Windows it would let two servers share a port
     STACK = 1024 * 1024                                 # bytes: 512 connections must not want 4 GiB; musl's 128 KiB is short
+    STACK_LOCK = threading.Lock()
     REAP = 0.25                                         # seconds between looks at the connections' times
     REFUSED_KEPT = 128                                  # refused connections that may read their 503 at leisure
 
@@ -3590,7 +3591,7 @@ class Server(ThreadingHTTPServer):
         self._refused: deque = deque()
         self._full_since = 0.0
         self._stop = threading.Event()
-        self._threads: list = []
+        self._own_threads: list = []
         self.poller: Optional[Poller] = None
         config = application.config
         try:
@@ -3625,7 +3626,7 @@ class Server(ThreadingHTTPServer):
         for name, target in (("accept", lambda: self.serve_forever(0.1)), ("reaper", self._reap)):
             thread = threading.Thread(target=target, name=f"webhook-{name}", daemon=True)
             thread.start()
-            self._threads.append(thread)
+            self._own_threads.append(thread)
 
     # -- accepting
 
@@ -3659,11 +3660,13 @@ class Server(ThreadingHTTPServer):
         self._refuse(request, address, reason)
 
     def _start_thread(self, request: socket.socket, client_address: tuple) -> None:
-        before = threading.stack_size(self.STACK)
-        try:
-            threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True).start()
-        finally:
-            threading.stack_size(before)
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        with self.STACK_LOCK:                           # the size is the whole process's: for all services in it
+            before = threading.stack_size(self.STACK)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(before)
 
     def _refuse(self, connection: socket.socket, address: str, reason: str) -> None:
         application = self.application
@@ -3735,7 +3738,7 @@ class Server(ThreadingHTTPServer):
     def stop(self, seconds: float) -> int:
         """Accept no more, answer what has come, end idle connections; after `seconds` end all. Gives how many were cut."""
         self.application.draining = True
-        if self._threads:
+        if self._own_threads:
             self.shutdown()
             self._accept_waiting()
         self.socket.close()
@@ -3750,7 +3753,7 @@ class Server(ThreadingHTTPServer):
         while self._count and time.monotonic() < deadline + 1:
             time.sleep(0.01)
         self._stop.set()
-        for thread in self._threads:
+        for thread in self._own_threads:
             thread.join()
         if self.poller is not None and not self._count:
             self.poller.stop()
@@ -4295,8 +4298,8 @@ def run_bench(options: argparse.Namespace) -> int:
     print(f"Server and load share this machine ({os.cpu_count()} cores); senders elsewhere leave the server more of it.\n"
           f"Each connection posts its next event when it has the answer; each 200 waits for the disk.\n"
           f"A sync of 4 KiB in {printable(folder)} takes {_sync_milliseconds(folder):.2f} ms.\n"
-          f"{'connections':>11} {'requests/s':>11} {'P50 ms':>8} {'P95 ms':>8} {'P99 ms':>8} {'not 200':>8} {'rows = 200s':>12}",
-          flush=True)
+          f"{'connections':>11} {'requests/s':>11} {'P50 ms':>8} {'P95 ms':>8} {'P99 ms':>8} {'not 200':>8} "
+          f"{'rows = 200s':>12}", flush=True)
     fine = True
     for level in levels:
         with tempfile.TemporaryDirectory(prefix="webhook-bench-", dir=folder) as database_folder:
@@ -4398,12 +4401,13 @@ def bench_load(address: Any, connections: int, seconds: float) -> dict:
 
     def post(connection: socket.socket) -> None:
         number = next(counter)
-        body = (f'{{"event_type": "scheduled", "appointment_id": "BENCH-{os.getpid()}-{number}", "patient_id": "PAT-{number % 5000}", '
-                f'"timestamp": "2025-01-10T14:00:00Z", "notes": "Follow-up in room 4, bring earlier results."}}')
+        body = (f'{{"event_type": "scheduled", "appointment_id": "BENCH-{os.getpid()}-{number}", '
+                f'"patient_id": "PAT-{number % 5000}", "timestamp": "2025-01-10T14:00:00Z", '
+                f'"notes": "Follow-up in room 4, bring earlier results."}}')
         started[connection] = time.perf_counter()
         with contextlib.suppress(OSError):              # recv will tell
-            connection.sendall((f"POST /webhook/appointments HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json"
-                                f"\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode())
+            connection.sendall((f"POST /webhook/appointments HTTP/1.1\r\nHost: {address.netloc}\r\n"
+                                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}").encode())
 
     print("ready", flush=True)
     if not sys.stdin.readline():                        # whoever started us is gone
