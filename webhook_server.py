@@ -926,7 +926,7 @@ class Schema:
         for keyword in schema:
             if keyword not in KEYWORDS and not keyword.startswith("x-"):
                 close = {name.lower(): name for name in KEYWORDS}
-                found = difflib.get_close_matches(keyword.lower(), close, 1, 0.8)
+                found = difflib.get_close_matches(keyword.lower(), close, 1, 0.75)
                 if found:
                     self.misspelt.append((pointer, keyword, close[found[0]]))
 
@@ -2751,8 +2751,8 @@ FILTERS = ("appointment_id", "patient_id", "event_type", "since", "until", "afte
 MEDIA_TYPES = {"application/json": "application/json", "application/x-ndjson": "application/x-ndjson",
            "application/ndjson": "application/x-ndjson", "application/jsonl": "application/x-ndjson",
            "text/csv": "text/csv; charset=utf-8"}
-PAGE = 64               # rows of one read: it ends before a byte of it is sent, so no slow reader holds a snapshot that keeps
-                        # the WAL from being recycled; more rows are not faster, and an event may be a megabyte
+PAGE = 64               # rows of one read: it ends before a byte of it is sent, so no slow reader holds a snapshot that
+                        # keeps the WAL from being recycled; more rows are not faster, and an event may be a megabyte
 PAGE_BYTES = 8 * 1024 * 1024                            # size at which a page of JSON ends, whatever its limit
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
@@ -3146,7 +3146,7 @@ class Application:
 
     def note(self, request: Request, status: int, outcome: str, event_id: Optional[int]) -> None:
         """Log one request. The query is left out: it may name a patient."""
-        level = 20 if status < 400 else 40 if status in (500, 503) else 30       # a sender's 501 or 505 is no fault of ours
+        level = 20 if status < 400 else 40 if status in (500, 503) else 30      # a 501 or 505 is the sender's fault
         head = request.head
         self.log.request(RequestRecord(level, time.time(), request.id, head.method, printable(head.path), status, outcome,
                                        event_id, time.monotonic() - request.started, request.client, request.payload))
@@ -3363,6 +3363,8 @@ class Handler(BaseHTTPRequestHandler):
                 else:
                     request.body, self._buffer = buffer[end:at], buffer[at:]
                 self.phase = Phase.WORK
+                if not head.plain:
+                    self._settle()                      # a pipelined reader sees what was sent before it
                 response = head.endpoint(request, *head.arguments)
         except Exception as error:
             response = application.failed(request, error)
