@@ -24,7 +24,6 @@ only those above it:
 from __future__ import annotations
 
 import argparse
-import bisect
 import contextlib
 import csv
 import dataclasses
