@@ -2000,7 +2000,7 @@ def _migrate_plain_table(connection: sqlite3.Connection) -> None:
             if first is None:
                 raise ValueError(f"the event with id {printable(str(event_id))} cannot be migrated ({error})") from None
             _keep_conflict(connection, first[0], event)
-        highest = max(highest, event_id)
+        highest = max(highest, event_id if isinstance(event_id, int) else 0)
     connection.text_factory = str
     # An id that was once given to a sender never means another event
     connection.execute("DELETE FROM sqlite_sequence WHERE name = 'migrated_events'")
@@ -2503,6 +2503,7 @@ _FIELD = re.compile(rb"(" + _TCHAR + rb"+):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 LONGEST_CHUNK_LINE = 256
 BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 _WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")         # RFC 9110 section 12.4.2
@@ -3310,6 +3311,7 @@ class Handler(BaseHTTPRequestHandler):
         self.submitted = self.answered = 0              # counted by this thread, counted by the writer's thread
         self._buffer = b""
         self._late: Optional[bytearray] = None          # answers that did not fit into the socket's buffer
+        self._late_since = 0.0                          # when the current piece of them began to be sent
         self._late_lock = threading.Lock()
         self._late_thread: Optional[threading.Thread] = None
         self._parked = threading.Lock()                 # held while the poller reads for us
@@ -3405,14 +3407,16 @@ class Handler(BaseHTTPRequestHandler):
         if self.phase != Phase.CONNECTED:
             self.since = time.monotonic()
         self.phase = Phase.HEAD
-        limits, piece = self.application.limits, buffer
+        limits, piece, looked_at = self.application.limits, buffer, 0
         while True:
-            buffer = buffer.lstrip(b"\r\n") if buffer[:2] == b"\r\n" else buffer       # RFC 9112 section 2.2
+            if buffer[:2] == b"\r\n":                   # RFC 9112 section 2.2: empty lines before a request
+                buffer = buffer[_EMPTY_LINES.match(buffer).end():]
             # Trickled bytes are looked at when a line ends, or it would cost the square of their number
-            end = find_head(buffer, limits) if b"\n" in piece or len(piece) == len(buffer) or \
-                len(buffer) > limits.request_line else -1
-            if end >= 0:
-                return buffer, end
+            if b"\n" in piece or not looked_at or len(buffer) - looked_at > 1024:
+                looked_at = len(buffer)
+                end = find_head(buffer, limits)
+                if end >= 0:
+                    return buffer, end
             piece = self._recv()
             if not piece:
                 raise self._ended("head", self.application.config.header_timeout)
@@ -3523,12 +3527,12 @@ class Handler(BaseHTTPRequestHandler):
                     self._late = None
                     return
                 del self._late[:]
-            self.phase, self.since = Phase.SEND, time.monotonic()
+            self._late_since = time.monotonic()
             try:
                 self.connection.sendall(data)
-                self.phase, self.since = Phase.IDLE, time.monotonic()
             except OSError:
                 self.close_connection = True
+            self._late_since = 0.0
 
     def _settle(self) -> None:
         """Wait until the writer has sent, or handed on, every answer it owes this connection."""
@@ -3555,11 +3559,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def expire(self, now: float, limits: dict) -> None:
         """Called by the reaper: end what has waited longer than limits[phase]. The own thread then answers or closes."""
-        phase = self.phase
-        if phase in limits and now - self.since > limits[phase] and not self.timed_out:
+        phase, late_since = self.phase, self._late_since
+        deaf = bool(late_since) and now - late_since > limits[Phase.SEND]
+        if (deaf or phase in limits and now - self.since > limits[phase]) and not self.timed_out:
             self.timed_out = True
             # Windows does not wake a recv when only reading is shut down
-            half = socket.SHUT_RD if phase != Phase.SEND and os.name == "posix" else socket.SHUT_RDWR
+            half = socket.SHUT_RD if phase != Phase.SEND and not deaf and os.name == "posix" else socket.SHUT_RDWR
             with contextlib.suppress(OSError):
                 self.connection.shutdown(half)
 
@@ -3624,7 +3629,7 @@ class Server(ThreadingHTTPServer):
         """Accept from now on, in threads of our own."""
         if ANSWERS_BY_WRITER and hasattr(select, "epoll"):
             self.poller = Poller(self.application)
-        for name, target in (("accept", lambda: self.serve_forever(0.1)), ("reaper", self._reap)):
+        for name, target in (("accept", lambda: self.serve_forever(0.05)), ("reaper", self._reap)):
             thread = threading.Thread(target=target, name=f"webhook-{name}", daemon=True)
             thread.start()
             self._own_threads.append(thread)
