@@ -1737,6 +1737,19 @@ class LogTest(ServerTest):
             f"{clock},999 - webhook - WARNING - [2025-01-10T14:23:15.123456] GET {PATH} 404 Not here 1.2ms "
             "client=127.0.0.1"])
 
+    @unittest.skipUnless(POSIX, "needs a named pipe")
+    def test_a_log_file_that_is_no_file_is_written_and_never_rotated(self):
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reading)
+        sink = receiver.FileSink(str(pipe), 4096, 1)
+        self.addCleanup(sink.close)
+        for _ in range(3):
+            sink.write(b"x" * 3000 + b"\n", 20)
+            self.assertEqual(os.read(reading, 65536), b"x" * 3000 + b"\n")
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["pipe"])
+
     def test_times_out_of_order_keep_their_own_second(self):
         log, sink = self.log()
         moments = (100.25, 99.75, 101.0, 100.5)
@@ -2438,6 +2451,88 @@ class RoutingTest(unittest.TestCase):
                 self.assertEqual(receiver.BaseHTTPRequestHandler.date_time_string(None, second), date.text())
 
 
+class ReceiveTest(HTTPTest):
+    """POST /webhook/appointments."""
+
+    def test_an_event_is_answered_with_its_id_and_is_in_the_table(self):
+        server = self.start()
+        answer = self.post(server, event(notes="Grüße", room=4))
+        self.assertEqual(answer.status, 200)
+        self.assertEqual(answer.json, {"status": "success", "message": "Event received and stored", "event_id": 1,
+                                       "request_id": answer.headers["x-request-id"]})
+        self.assertRegex(answer.json["request_id"], r"\A\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\Z")
+        found = rows(self.database, "SELECT event_type, appointment_id, patient_id, timestamp, notes, client, "
+                                    "payload LIKE '%\"room\": 4%' FROM appointment_events")
+        self.assertEqual(found, [("scheduled", "APT-1", "PAT-1", "2025-01-10T14:00:00Z", "Grüße", "127.0.0.1", 1)])
+
+    def test_the_first_stage_that_fails_decides_the_message(self):
+        server = self.start()
+        for body, path, rule, message in (
+                (b"{", "", "json", "Invalid JSON: expecting property name enclosed in double quotes at line 1 column 2"),
+                (event(patient_id=..., event_type=7), "/patient_id", "required", "Missing required field: patient_id"),
+                (event(event_type="moved", patient_id=7), "/patient_id", "type",
+                 "Field 'patient_id' must be of type string"),
+                (event(event_type="moved", timestamp="soon"), "/event_type", "enum",
+                 "Field 'event_type' must be one of: scheduled, cancelled, updated"),
+                (event(timestamp="soon", patient_id=""), "/timestamp", "format",
+                 "Field 'timestamp' must be an ISO 8601 date-time, for example 2025-01-10T14:00:00Z"),
+                (event(patient_id=""), "/patient_id", "minLength", "Field 'patient_id' must not be empty"),
+                (event(patient_id="x" * 256), "/patient_id", "maxLength",
+                 "Field 'patient_id' must have at most 255 characters")):
+            with self.subTest(message):
+                answer = self.post(server, body)
+                self.assertEqual((answer.status, answer.json["error"]), (400, "Bad Request"))
+                self.assertEqual(answer.json["message"], message)
+                self.assertEqual(answer.json["errors"][0], {"path": path, "rule": rule, "message": message})
+        self.assertEqual(rows(self.database), 0)
+
+    def test_a_duplicate_is_a_409_that_names_the_stored_event_and_whether_it_is_the_same(self):
+        server = self.start()
+        self.assertEqual(self.post(server).status, 200)
+        for again, identical in ((event(), True), (event(timestamp="2025-01-10 15:00:00.0+01:00"), True),
+                                 (event(notes="another"), False)):
+            with self.subTest(again):
+                answer = self.post(server, again)
+                self.assertEqual((answer.status, answer.json["error"]), (409, "Conflict"))
+                self.assertEqual((answer.json["event_id"], answer.json["identical"]), (1, identical))
+        self.assertEqual(rows(self.database), 1)
+        self.assertEqual(json.loads(rows(self.database, "SELECT payload FROM conflicting_events")),
+                         event(notes="another"))
+        self.assertEqual(self.log_text(server).count(" - WARNING - "), 3)
+
+    def test_with_duplicates_ok_an_identical_retry_is_a_200_and_other_content_still_a_409(self):
+        server = self.start(duplicates="ok")
+        self.assertEqual(self.post(server).json["status"], "success")
+        answer = self.post(server)
+        self.assertEqual((answer.status, answer.json["status"], answer.json["event_id"]), (200, "duplicate", 1))
+        self.assertEqual(self.post(server, event(notes="another")).status, 409)
+        self.assertRegex(self.log_text(server), "WARNING - .* 200 duplicate event_id=1 ")
+
+    def test_of_16_clients_that_send_the_same_events_each_event_is_taken_once(self):
+        server = self.start()
+        answers = []
+
+        def client(number):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT)
+            for step in range(40):
+                key = f"A{(number * 7 + step) % 40}"
+                connection.request("POST", PATH, json.dumps(event(appointment_id=key)).encode())
+                answer = Answer(connection.getresponse())
+                answers.append((answer.status, key, answer.json["event_id"]))
+            connection.close()
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        taken = [answer[1:] for answer in answers if answer[0] == 200]
+        refused = {answer[1:] for answer in answers if answer[0] == 409}
+        self.assertEqual((len(answers), len(taken), len(refused)), (640, 40, 40))
+        self.assertEqual(refused, set(taken))
+        self.assertEqual(set(rows(self.database, "SELECT appointment_id, id FROM appointment_events")), set(taken))
+
+
 class PageTest(HTTPTest):
     """Reading what is stored."""
 
@@ -2696,6 +2791,60 @@ class HealthTest(HTTPTest):
         answer = self.call(self.start(), path="/schema.json")
         self.assertEqual((HERE / "schema.json").read_bytes(), answer.body)
         self.assertEqual("application/schema+json", answer.headers["content-type"])
+
+
+class PollerTest(HTTPTest):
+    """The poller is for speed alone: with and without it a sender sees the same."""
+
+    STEPS = (post_bytes(event()), post_bytes(event()), post_bytes(event(notes="x")), post_bytes(b"{"),
+             post_bytes(event(patient_id="")), post_bytes(event(appointment_id="A2"), "Connection: keep-alive"),
+             post_bytes(event(appointment_id="A5"), "Expect: 100-continue"),
+             b"\r\n" + post_bytes(event(appointment_id="A6")),
+             post_bytes(event(appointment_id="A7", notes="n" * 70000)), post_bytes(b""),
+             f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode(),
+             post_bytes(event(appointment_id="A8"), "Origin: http://elsewhere"))
+
+    def conversation(self, server):
+        """[(status, fields, body)] of all steps on one connection, without what differs from run to run."""
+        connection, heard = self.connect(server), []
+        for step in self.STEPS:
+            connection.sendall(step)
+            answer = self.read_answer(connection)
+            fields = {name: value for name, value in answer.headers.items() if name not in ("date", "x-request-id")}
+            heard.append((answer.status, fields, re.sub(rb"\d{4}-\d\d-\d\dT[0-9:]{8}\.\d{6}", b"-", answer.body)))
+        return heard, read_all(connection)
+
+    def start_with_poller(self):
+        server = self.start()
+        if server._server.poller is None:
+            self.skipTest("this system has no epoll, so there is no poller")
+        return server
+
+    def test_with_and_without_it_the_answers_are_the_same(self):
+        server = self.start_with_poller()
+        heard, rest = self.conversation(server)
+        with mock.patch.object(receiver, "ANSWERS_BY_WRITER", False):
+            other = self.start(database=str(self.folder / "other.db"), log_file=str(self.folder / "other.log"))
+            self.assertIsNone(other._server.poller)
+            self.assertEqual(self.conversation(other), (heard, rest))
+        self.assertEqual([status for status, _, _ in heard],
+                         [200, 409, 409, 400, 400, 200, 200, 200, 200, 400, 200, 403])
+
+    def test_it_wakes_the_own_thread_of_a_connection_only_for_what_is_not_ordinary(self):
+        server = self.start_with_poller()
+        connection = self.connect(server)
+        connection.sendall(post_bytes(event(appointment_id="first")))       # a first one is read by the own thread
+        self.read_answer(connection)
+        hand_over = receiver.Handler.hand_over
+        with mock.patch.object(receiver.Handler, "hand_over", autospec=True, side_effect=hand_over) as handed:
+            for number in range(20):
+                connection.sendall(post_bytes(event(appointment_id=f"AP{number:03}")))
+                self.assertEqual(self.read_answer(connection).status, 200)
+            self.assertLessEqual(handed.call_count, 1)                      # a head that it has not seen before
+            before = handed.call_count
+            connection.sendall(post_bytes(b"{"))
+            self.assertEqual(self.read_answer(connection).status, 400)
+            self.assertGreater(handed.call_count, before)
 
 
 class ConnectionTest(HTTPTest):

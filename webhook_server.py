@@ -152,7 +152,8 @@ class Config:
                               "DEBUG|INFO|WARNING|ERROR")
     log_payloads: str = _setting("redacted", "payloads in the log: without patients' data, whole, or not at all",
                                  _one_of("redacted", "full", "none"), "redacted|full|none")
-    max_request_line: int = _setting(8192, "longest request line, a longer one gets 414; the default is Apache's", _whole(64), "BYTES")
+    max_request_line: int = _setting(8192, "longest request line, a longer one gets 414; the default is Apache's",
+                                     _whole(64), "BYTES")
     max_header_bytes: int = _setting(16384, "largest header section, a larger one gets 431", _whole(256), "BYTES")
     max_header_fields: int = _setting(100, "most header fields, more get 431; the default is Apache's", _whole(1), "N")
     max_body: int = _setting(1024 * 1024, "largest request body, a larger one gets 413", _whole(1, 2 ** 30), "BYTES")
@@ -2292,11 +2293,16 @@ class FileSink:
         self._max_bytes = max_bytes
         try:
             self._file = _LogFile(path, maxBytes=max_bytes, backupCount=backups)
+            # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
+            self._is_file = os.path.isfile(path) and not os.path.abspath(path).startswith(("/dev/", "/proc/"))
         except OSError as error:
             raise SetupError(f"log file {path}: {error.strerror}") from None
 
     def write(self, data: bytes, level: int) -> None:
         """Append whole lines. Raises OSError."""
+        if not self._is_file:
+            _write_all(self._file.stream.write, data)
+            return
         size = self._file.stream.tell()
         if size and size + len(data) > self._max_bytes:
             self._rotate()
@@ -2393,8 +2399,11 @@ class Log:
         if not self._thread.is_alive():
             self._sink.close()
 
-    def request(self, record: RequestRecord) -> None:
-        """Queue the line of one request. Hot path: a tuple and an append; formatting here costs a third of the rate."""
+    def request(self, record: tuple) -> None:
+        """Queue the line of one request: a RequestRecord, or its members as a plain tuple, which takes 0.5 us less to make.
+
+        Hot path: an append; formatting here would cost a third of the rate.
+        """
         if record[0] >= self.level:
             if len(self._queue) < LOG_QUEUE:
                 self._queue.append(record)
@@ -2449,7 +2458,7 @@ class Log:
         self._sink.write("".join(map(self._formatted, batch)).encode("utf-8", "backslashreplace"), batch[0][0])
 
     def _formatted(self, record: tuple) -> str:
-        """The line of a record, with its end. Hot path: 1.9 us with an ordinary event's payload."""
+        """The line of a record, with its end. Hot path: 2.5 us with an ordinary event's payload."""
         text = record[2] if len(record) == 3 else self._request_text(record)
         if self._one_by_one:
             return text + "\n"
@@ -3146,10 +3155,13 @@ class Application:
 
     def note(self, request: Request, status: int, outcome: str, event_id: Optional[int]) -> None:
         """Log one request. The query is left out: it may name a patient."""
-        level = 20 if status < 400 else 40 if status in (500, 503) else 30      # a 501 or 505 is the sender's fault
+        if status < 400:
+            level = 20 if outcome != "duplicate" else 30
+        else:
+            level = 40 if status in (500, 503) else 30          # a 501 or 505 is the sender's fault
         head = request.head
-        self.log.request(RequestRecord(level, time.time(), request.id, head.method, printable(head.path), status, outcome,
-                                       event_id, time.monotonic() - request.started, request.client, request.payload))
+        self.log.request((level, time.time(), request.id, head.method, head.path, status, outcome, event_id,
+                          time.monotonic() - request.started, request.client, request.payload))
 
 
 def _number(values: dict, name: str, default: int, low: int, high: int) -> int:
