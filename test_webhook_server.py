@@ -1936,7 +1936,7 @@ class LogTest(ServerTest):
         handler = logging.StreamHandler(io.StringIO())
         handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
         logger.addHandler(handler)
-        server = self.start(logger=logger, log_file="")
+        server = self.start(logger=logger, log_file=str(self.folder / "o.log"))
         self.post(server, event(notes="secret"))
         self.post(server, event(notes="secret"))
         server.stop()
@@ -2823,10 +2823,13 @@ class PollerTest(HTTPTest):
     def test_with_and_without_it_the_answers_are_the_same(self):
         server = self.start_with_poller()
         heard, rest = self.conversation(server)
-        with mock.patch.object(receiver, "ANSWERS_BY_WRITER", False):
-            other = self.start(database=str(self.folder / "other.db"), log_file=str(self.folder / "other.log"))
-            self.assertIsNone(other._server.poller)
-            self.assertEqual(self.conversation(other), (heard, rest))
+        for name, module, attribute in (("without epoll", receiver.select, "epoll"),
+                                        ("and without a send that does not block", receiver, "ANSWERS_BY_WRITER")):
+            with self.subTest(name), mock.patch.object(module, attribute, None):
+                other = self.start(database=str(self.folder / f"{attribute}.db"),
+                                   log_file=str(self.folder / f"{attribute}.log"))
+                self.assertIsNone(other._server.poller)
+                self.assertEqual(self.conversation(other), (heard, rest))
         self.assertEqual([status for status, _, _ in heard],
                          [200, 409, 409, 400, 400, 200, 200, 200, 200, 400, 200, 403])
 

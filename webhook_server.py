@@ -3639,7 +3639,7 @@ class Server(ThreadingHTTPServer):
 
     def start(self) -> None:
         """Accept from now on, in threads of our own."""
-        if ANSWERS_BY_WRITER and hasattr(select, "epoll"):
+        if ANSWERS_BY_WRITER and getattr(select, "epoll", None):        # Linux
             self.poller = Poller(self.application)
         for name, target in (("accept", lambda: self.serve_forever(0.05)), ("reaper", self._reap)):
             thread = threading.Thread(target=target, name=f"webhook-{name}", daemon=True)
