@@ -28,6 +28,7 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import email.utils
 import errno
 import functools
 import gc
@@ -83,12 +84,12 @@ def printable(text: str, longest: int = 200) -> str:
 
 
 # =============================================================================
-# Config: every setting once; flags, environment, --help and defaults come from it. Knows nothing of what they do.
+# Config: every setting once; flags, environment, --help and defaults come from it. Knows nothing of who uses them.
 # =============================================================================
 
 def _text(value: Any) -> str:
     if not isinstance(value, (str, os.PathLike)) or not str(value) or "\0" in str(value):
-        raise ValueError("must be a text that is not empty")
+        raise ValueError("must be text, not empty and without NUL")
     return str(value)
 
 
@@ -123,6 +124,14 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 def _list_of_text(value: Any) -> tuple:
     items = value.split(",") if isinstance(value, str) else value
     return tuple(_text(item).strip().lower() for item in items if item)
+
+
+def checked(parse: Callable[[Any], Any], value: Any, where: str) -> Any:
+    """parse(value). Raises SetupError that names `where` the value came from."""
+    try:
+        return parse(value)
+    except (ValueError, TypeError) as error:
+        raise SetupError(f"{where}: {error}") from None
 
 
 def _setting(default: Any, help: str, parse: Callable[[Any], Any] = _text, metavar: str = "TEXT") -> Any:
@@ -161,7 +170,7 @@ class Config:
     max_connections_per_address: int = _setting(128, "most connections at once from one address, further ones get 503",
                                                 _whole(1, 100000), "N")
     header_timeout: float = _setting(10.0, "time a sender has for the head of a request, then 408", _seconds, "SECONDS")
-    body_timeout: float = _setting(30.0, "time a sender has for a body, then 408, and to take a piece of an answer", _seconds,
+    body_timeout: float = _setting(30.0, "time a sender has for a body, then 408; also for taking a piece of an answer", _seconds,
                                    "SECONDS")
     idle_timeout: float = _setting(60.0, "how long a connection may be idle between requests", _seconds, "SECONDS")
     shutdown_timeout: float = _setting(10.0, "how long a stop waits for requests in flight", _seconds, "SECONDS")
@@ -172,14 +181,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, self._parsed(field, getattr(self, field.name), field.name))
-
-    @staticmethod
-    def _parsed(field: dataclasses.Field, value: Any, where: str) -> Any:
-        try:
-            return field.metadata["parse"](value)
-        except (ValueError, TypeError) as error:
-            raise SetupError(f"{where}: {error}") from None
+            object.__setattr__(self, field.name, checked(field.metadata["parse"], getattr(self, field.name), field.name))
 
     @classmethod
     def read(cls, flags: dict, environment: dict) -> Config:
@@ -191,9 +193,9 @@ class Config:
         for field in dataclasses.fields(cls):
             variable = "WEBHOOK_" + field.name.upper()
             if flags.get(field.name) is not None:
-                values[field.name] = cls._parsed(field, flags[field.name], flag_of(field.name))
+                values[field.name] = checked(field.metadata["parse"], flags[field.name], flag_of(field.name))
             elif environment.get(variable):
-                values[field.name] = cls._parsed(field, environment[variable], variable)
+                values[field.name] = checked(field.metadata["parse"], environment[variable], variable)
         return cls(**values)
 
 
@@ -211,7 +213,8 @@ MAX_NUMBER = 100        # characters: int() of a million digits takes seconds
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-# The closing quote may be missing: a search that fails there starts again at each quote in the text, and takes minutes
+# The closing quote is optional: a pattern that insisted on it would start again at every quote of a text without one,
+# which takes minutes
 _TOKEN = re.compile(r'"(?:[^"\\]+|\\.)*"?|[{}\[\]]|[-+.\w]+', re.DOTALL)
 _MARK = re.compile(r'"(?:[^"\\]+|\\.)*"?|[{}\[\]]', re.DOTALL)
 _SUSPECT = re.compile(r"\\u(?:0000|[dD][89a-fA-F])").search      # U+0000 or half of a surrogate pair, perhaps
@@ -270,7 +273,7 @@ def parse_json(body: bytes) -> tuple:
         text = body.decode()
     except UnicodeDecodeError as error:
         before = body[:error.start].decode()
-        raise JSONError("the body is not UTF-8", before, len(before)) from None
+        raise JSONError("the text is not UTF-8", before, len(before)) from None
     # The ordinary event has neither; what has is read by the slow reader first, before the C scanner recurses into it
     if "\\u" in text and _SUSPECT(text) or text.count("{") + text.count("[") > MAX_DEPTH and _is_deep(text):
         inspect_json(text)
@@ -306,30 +309,30 @@ def _is_deep(text: str) -> bool:
 def _reason_of(text: str, otherwise: str) -> str:
     """Why nothing of `text` can be read, where that is more than the scanner's word for it."""
     if not text.strip(" \t\n\r"):
-        return "the body is empty, expected a JSON value"
+        return "the text is empty, expected a JSON value"
     if text[0] == "\ufeff":
-        return "the body starts with a byte order mark (BOM), expected plain UTF-8"
+        return "the text starts with a byte order mark (BOM), expected plain UTF-8"
     if "\0" in text[:2]:
-        return "the body seems to be UTF-16 or UTF-32, expected UTF-8"
+        return "the text seems to be UTF-16 or UTF-32, expected UTF-8"
     return otherwise
 
 
 def inspect_json(text: str) -> None:
     """Raise JSONError for the first thing that parse_json refuses beyond the grammar. Reads token by token, slowly."""
-    open_objects: list = []                             # for each open container its names so far, None in an array
+    containers: list = []                             # for each open container its names so far, None in an array
     for token in _TOKEN.finditer(text):
         word, at = token.group(), token.start()
         if word in ("{", "["):
-            open_objects.append(set() if word == "{" else None)
-            if len(open_objects) > MAX_DEPTH:
+            containers.append(set() if word == "{" else None)
+            if len(containers) > MAX_DEPTH:
                 raise JSONError(f"nested deeper than {MAX_DEPTH} levels", text, at)
         elif word in ("}", "]"):
-            if open_objects:
-                open_objects.pop()
+            if containers:
+                containers.pop()
         elif word[0] == '"':
             _inspect_string(text, word, at)
-            if open_objects and open_objects[-1] is not None and text.startswith(":", _SPACE.match(text, token.end()).end()):
-                _inspect_name(text, word, at, open_objects[-1])
+            if containers and containers[-1] is not None and text.startswith(":", _SPACE.match(text, token.end()).end()):
+                _inspect_name(text, word, at, containers[-1])
         elif len(word) > 2:
             _inspect_word(text, word, at)
 
@@ -569,7 +572,7 @@ def ecma_pattern(source: str) -> re.Pattern:
         translated.append(text)
     pattern = "".join(translated)
     if len(pattern) > LONGEST_TRANSLATION:
-        raise ValueError("too long a regular expression")
+        raise ValueError("the regular expression is too long")
     try:
         return re.compile(pattern, re.ASCII)
     except (re.error, OverflowError, RecursionError) as error:
@@ -622,7 +625,7 @@ def _ecma_escape(source: str, at: int, in_class: bool) -> tuple:
     elif kind == "control":
         text = re.escape(chr(ord(value) % 32))
     else:
-        raise ValueError(f"the escape {printable(match.group())} cannot stand in a class")
+        raise ValueError(f"the escape {printable(match.group())} is not allowed in a character class")
     return text, match.end()
 
 
@@ -631,7 +634,7 @@ def _ecma_class_escape(value: str, in_class: bool) -> str:
         text = _ECMA_SPACE if value == "s" else _ECMA_NOT_SPACE
         return text if in_class else f"[{text}]"
     if value == "B" and in_class:
-        raise ValueError(r"the escape \B cannot stand in a class")
+        raise ValueError(r"the escape \B is not allowed in a character class")
     return "\\" + value                                 # the same with re.ASCII
 
 
@@ -641,7 +644,7 @@ def _ecma_class(source: str, at: int) -> tuple:
     parts = []
     while True:
         if at >= len(source):
-            raise ValueError("a class [ without its ]")
+            raise ValueError("a character class [ without its ]")
         char = source[at]
         if char == "]":
             break
@@ -804,10 +807,10 @@ KINDS = {
     KEYWORDS["type"]: lambda value: isinstance(value, str) and value in TYPES or bool(value) and _is_names(value) and
     all(name in TYPES for name in value),
 }
-VALIDATION_KEYWORDS = frozenset(itertools.takewhile(lambda name: name != "format", itertools.dropwhile(
-    lambda name: name != "type", KEYWORDS)))
+_NAMES_IN_ORDER = list(KEYWORDS)
+VALIDATION_KEYWORDS = frozenset(_NAMES_IN_ORDER[_NAMES_IN_ORDER.index("type"):_NAMES_IN_ORDER.index("format")])
 VALIDATION_VOCABULARY = "https://json-schema.org/draft/2020-12/vocab/validation"
-_IN_PLACE = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
+_IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
 
 
 def _is_names(value: Any) -> bool:
@@ -859,8 +862,7 @@ class Schema:
         self.assert_formats = assert_formats
         self.misspelt: list = []
         self._resources: dict = {}
-        self._nodes: dict = {}          # id of a schema: [its check]; ids stay good as the documents are kept
-        self._kept = (document, documents)
+        self._nodes: dict = {}          # id of a schema: [its check]; ids stay good, as the resources keep the documents
         try:
             for uri, other in self._documents.items():
                 self._index(other, self._resource(uri.rstrip("#"), other), "", False)
@@ -930,6 +932,11 @@ class Schema:
                 if found:
                     self.misspelt.append((pointer, keyword, close[found[0]]))
 
+    def _entered(self, schema: dict, resource: _Resource) -> _Resource:
+        """The resource that `schema`, found in `resource`, belongs to: its own when it has an $id."""
+        identity = schema.get("$id")
+        return self._resources.get(_join(resource.uri, identity).rstrip("#"), resource) if isinstance(identity, str) else resource
+
     def resolve(self, reference: str, resource: _Resource, place: str) -> tuple:
         """(schema, resource, pointer) that a $ref in `resource` leads to. Raises SchemaError at `place`."""
         uri, _, fragment = _join(resource.uri, reference).partition("#")
@@ -940,7 +947,8 @@ class Schema:
         if fragment and fragment[0] != "/":
             if fragment not in target.anchors:
                 raise SchemaError(place, f"the reference {_short_name(reference)} leads nowhere: no such anchor")
-            return (*target.anchors[fragment][:1], target, target.anchors[fragment][1])
+            schema, pointer = target.anchors[fragment]
+            return schema, target, pointer
         schema = target.root
         pointer = ""
         for step in fragment.split("/")[1:]:
@@ -951,7 +959,7 @@ class Schema:
                 raise SchemaError(place, f"the reference {_short_name(reference)} leads nowhere") from None
             pointer += "/" + step
             if isinstance(schema, dict) and isinstance(schema.get("$id"), str):
-                target, pointer = self._resources.get(_join(target.uri, schema["$id"]).rstrip("#"), target), ""
+                target, pointer = self._entered(schema, target), ""
         return schema, target, pointer
 
     # -- checks
@@ -968,8 +976,7 @@ class Schema:
         if node is not None:
             return lambda *arguments: node[0](*arguments)       # it may be in the making: a recursive schema
         node = self._nodes[id(schema)] = [None]
-        if isinstance(schema.get("$id"), str):
-            resource = self._resources.get(_join(resource.uri, schema["$id"]).rstrip("#"), resource)
+        resource = self._entered(schema, resource)
         checks, last = [], []
         known = [(keyword, value) for keyword, value in schema.items() if keyword in KEYWORDS]
         for keyword, value in known:                    # all of them first, as compilers look at their neighbours
@@ -997,8 +1004,7 @@ class Schema:
                 return
             if id(schema) in above:
                 raise SchemaError(place, "the schema refers to itself without end")
-            if isinstance(schema.get("$id"), str):
-                resource = self._resources.get(_join(resource.uri, schema["$id"]).rstrip("#"), resource)
+            resource = self._entered(schema, resource)
             above += (id(schema),)
             for keyword, below, item in _subschemas(schema):
                 if keyword in _IN_PLACE:
@@ -1072,11 +1078,11 @@ def _is_multiple(value: Any, divisor: Any) -> bool:
     return over * parts % (under * times) == 0          # as written: 0.3 is three times 0.1
 
 
-def _compile_limit(holds: Callable, applies: Callable, expected: str) -> Callable:
-    """A compiler for keywords that compare: holds(value, limit); `expected` has a hole for the limit."""
+def _compile_limit(holds: Callable, applies: Callable, expected: str, of_one: str = "") -> Callable:
+    """A compiler for keywords that compare: holds(value, limit). `expected` has a hole for the limit; `of_one` is said
+    instead where the limit is 1."""
     def compile_keyword(schema: Schema, around: dict, limit: Any, resource: _Resource, place: str) -> Callable:
-        text = "not be empty" if limit == 1 and "at least" in expected and applies is not _is_number else \
-            expected.format(limit)
+        text = of_one if of_one and limit == 1 else expected.format(limit)
         return _simple(applies, lambda value: holds(value, limit), place.rpartition("/")[2], text)
     return compile_keyword
 
@@ -1102,7 +1108,7 @@ def _compile_format(schema: Schema, around: dict, value: str, resource: _Resourc
 
 def _compile_unique(schema: Schema, around: dict, value: bool, resource: _Resource, place: str) -> Optional[Callable]:
     return _simple(TYPES["array"], lambda items: len(set(map(canonical_json, items))) == len(items), "uniqueItems",
-                   "not hold an item twice") if value else None
+                   "not contain an item twice") if value else None
 
 
 def _missing(problems: list, at: Optional[tuple], name: str, rule: str, why: str = "") -> None:
@@ -1131,9 +1137,16 @@ def _compile_dependent_required(schema: Schema, around: dict, value: dict, resou
 
 # -- checks that apply further schemas to members and items
 
+def _each(schema: Schema, value: list, resource: _Resource, place: str) -> list:
+    return [schema.compile(item, resource, f"{place}/{index}") for index, item in enumerate(value)]
+
+
+def _each_member(schema: Schema, value: dict, resource: _Resource, place: str) -> list:
+    return [(name, schema.compile(item, resource, f"{place}/{_escaped(name)}")) for name, item in value.items()]
+
+
 def _compile_properties(schema: Schema, around: dict, value: dict, resource: _Resource, place: str) -> Callable:
-    checks = [(name, schema.compile(item, resource, place + below[len("/properties"):]))
-              for (_, below, item), name in zip(_subschemas({"properties": value}), value)]
+    checks = _each_member(schema, value, resource, place)
 
     def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
         if isinstance(item, dict):
@@ -1200,7 +1213,7 @@ def _compile_property_names(schema: Schema, around: dict, value: Any, resource: 
 
 
 def _compile_prefix_items(schema: Schema, around: dict, value: list, resource: _Resource, place: str) -> Callable:
-    checks = [schema.compile(item, resource, f"{place}/{index}") for index, item in enumerate(value)]
+    checks = _each(schema, value, resource, place)
 
     def check(items: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
         if isinstance(items, list):
@@ -1248,10 +1261,10 @@ def _compile_contains(schema: Schema, around: dict, value: Any, resource: _Resou
         seen.update(matching)
         if len(matching) < least:
             problems.append(Problem(_pointer(at), "minContains" if "minContains" in bounds else "contains",
-                                    f"{_subject(at)} must hold at least {least} items of the kind that the schema names"))
+                                    f"{_subject(at)} must contain at least {least} items that match the schema's contains"))
         if len(matching) > most:
             problems.append(Problem(_pointer(at), "maxContains",
-                                    f"{_subject(at)} must hold at most {most} items of the kind that the schema names"))
+                                    f"{_subject(at)} must contain at most {most} items that match the schema's contains"))
     return check
 
 
@@ -1265,10 +1278,6 @@ def _holds(check: Callable, value: Any, at: Optional[tuple], scope: tuple, seen:
     if not problems:
         seen |= own
     return not problems
-
-
-def _each(schema: Schema, value: list, resource: _Resource, place: str) -> list:
-    return [schema.compile(item, resource, f"{place}/{index}") for index, item in enumerate(value)]
 
 
 def _compile_all_of(schema: Schema, around: dict, value: list, resource: _Resource, place: str) -> Callable:
@@ -1304,7 +1313,7 @@ def _compile_if(schema: Schema, around: dict, value: Any, resource: _Resource, p
 
 
 def _compile_dependent_schemas(schema: Schema, around: dict, value: dict, resource: _Resource, place: str) -> Callable:
-    checks = [(name, schema.compile(item, resource, f"{place}/{_escaped(name)}")) for name, item in value.items()]
+    checks = _each_member(schema, value, resource, place)
 
     def check(item: Any, at: Optional[tuple], problems: list, scope: tuple, seen: set) -> None:
         for name, one in checks if isinstance(item, dict) else ():
@@ -1335,7 +1344,14 @@ def _compile_dynamic_ref(schema: Schema, around: dict, value: str, resource: _Re
     return check
 
 
-_LENGTH, _SIZE = TYPES["string"], (TYPES["array"], TYPES["object"])
+def _is_at_most(value: Any, limit: Any) -> bool:
+    return len(value) <= limit
+
+
+def _is_at_least(value: Any, limit: Any) -> bool:
+    return len(value) >= limit
+
+
 COMPILERS = {           # keyword: compiler(schema, the schema around the keyword, value, resource, place)
     "$ref": _compile_ref, "$dynamicRef": _compile_dynamic_ref,
     "type": _compile_type, "enum": _compile_enum, "const": _compile_const,
@@ -1344,12 +1360,12 @@ COMPILERS = {           # keyword: compiler(schema, the schema around the keywor
     "exclusiveMaximum": _compile_limit(lambda value, limit: value < limit, _is_number, "be less than {}"),
     "minimum": _compile_limit(lambda value, limit: value >= limit, _is_number, "be at least {}"),
     "exclusiveMinimum": _compile_limit(lambda value, limit: value > limit, _is_number, "be more than {}"),
-    "maxLength": _compile_limit(lambda value, limit: len(value) <= limit, _LENGTH, "have at most {} characters"),
-    "minLength": _compile_limit(lambda value, limit: len(value) >= limit, _LENGTH, "have at least {} characters"),
-    "maxItems": _compile_limit(lambda value, limit: len(value) <= limit, _SIZE[0], "have at most {} items"),
-    "minItems": _compile_limit(lambda value, limit: len(value) >= limit, _SIZE[0], "have at least {} items"),
-    "maxProperties": _compile_limit(lambda value, limit: len(value) <= limit, _SIZE[1], "have at most {} fields"),
-    "minProperties": _compile_limit(lambda value, limit: len(value) >= limit, _SIZE[1], "have at least {} fields"),
+    "maxLength": _compile_limit(_is_at_most, TYPES["string"], "have at most {} characters"),
+    "minLength": _compile_limit(_is_at_least, TYPES["string"], "have at least {} characters", "not be empty"),
+    "maxItems": _compile_limit(_is_at_most, TYPES["array"], "have at most {} items"),
+    "minItems": _compile_limit(_is_at_least, TYPES["array"], "have at least {} items", "not be empty"),
+    "maxProperties": _compile_limit(_is_at_most, TYPES["object"], "have at most {} fields"),
+    "minProperties": _compile_limit(_is_at_least, TYPES["object"], "have at least {} fields", "not be empty"),
     "pattern": _compile_pattern, "format": _compile_format, "uniqueItems": _compile_unique,
     "required": _compile_required, "dependentRequired": _compile_dependent_required,
     "properties": _compile_properties, "patternProperties": _compile_pattern_properties,
@@ -1441,11 +1457,11 @@ class _Accelerator:
                 if not all(isinstance(value, str) for value in values):
                     raise _TooMuch
                 self._refuse(depth, f"{name}.__class__ is not str or {name} not in {self._constant(frozenset(values))}")
-        for keyword, sign in (("minimum", "<"), ("maximum", ">")):
+        for keyword, sign in (("minimum", ">="), ("maximum", "<=")):
             if keyword in schema:
                 limit = self._constant(schema[keyword])
                 self._refuse(depth, f"isinstance({name}, (int, float)) and {name}.__class__ is not bool and "
-                                    f"not {name} {'>=' if sign == '<' else '<='} {limit}")
+                                    f"not {name} {sign} {limit}")
 
     def _write_string(self, schema: dict, name: str, depth: int) -> None:
         if "maxLength" in schema:
@@ -1493,12 +1509,14 @@ class _Accelerator:
 # Events: a JSON value to an AppointmentEvent, or to what is wrong with it, in stages. Knows nothing of HTTP or SQL.
 # =============================================================================
 
+# What a stored event must have, whatever schema.json says
+REQUIRED_FIELDS = ("event_type", "appointment_id", "patient_id", "timestamp")
 EVENT_SCHEMA = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "AppointmentEvent",
     "description": "What happened to an appointment. Further members are kept with the event.",
     "type": "object",
-    "required": ["event_type", "appointment_id", "patient_id", "timestamp"],
+    "required": list(REQUIRED_FIELDS),
     "properties": {
         "event_type": {"type": "string", "enum": ["scheduled", "cancelled", "updated"]},
         "appointment_id": {"type": "string", "minLength": 1, "maxLength": 255},
@@ -1507,8 +1525,6 @@ EVENT_SCHEMA = {
         "notes": {"type": ["string", "null"]},
     },
 }
-# What a stored event must have, whatever schema.json says
-REQUIRED_FIELDS = ("event_type", "appointment_id", "patient_id", "timestamp")
 
 
 class AppointmentEvent(NamedTuple):
@@ -1594,11 +1610,11 @@ class EventReader:
 
 
 # =============================================================================
-# Store: events on disk, one commit for all who wait. Knows SQL; knows nothing of HTTP, of logs or of who sent what why.
+# Store: events on disk, one commit for all who wait. Knows SQL; knows nothing of HTTP or logs.
 # =============================================================================
 
-SCHEMA_VERSION = 1
-COLUMNS = ("event_type", "appointment_id", "patient_id", "timestamp", "notes", "received_at", "client", "payload")
+DATA_VERSION = 1
+COLUMNS = AppointmentEvent._fields[:-1]
 EVENTS_TABLE = """
 CREATE TABLE {name} (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1642,7 +1658,8 @@ class StoreLocked(StoreUnavailable):
 
 
 class Outcome(NamedTuple):
-    """What became of one event: kind "stored", "duplicate" (event_id is then the one stored before) or "failed"."""
+    """What became of one event: kind "stored", "duplicate" (event_id is then the one stored before) or "failed";
+    "passed" marks a place in the queue that had no event."""
     kind: str
     event_id: Optional[int] = None
     identical: bool = False
@@ -1737,8 +1754,7 @@ class SQLite:
     """One SQLite file: a lock-guarded connection that writes, and connections that read and never wait for it."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self._file = os.path.abspath(path)              # connections are made later, too: chdir must not lead them astray
+        self.path = os.path.abspath(path)               # connections are made later, too: chdir must not lead them astray
         self._lock = threading.Lock()
         self._writer: Optional[sqlite3.Connection] = None
         self._checkpointer: Optional[_Checkpointer] = None
@@ -1765,19 +1781,19 @@ class SQLite:
             raise
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._file, timeout=2, isolation_level=None, check_same_thread=False,
+        return sqlite3.connect(self.path, timeout=2, isolation_level=None, check_same_thread=False,
                                cached_statements=MOST_ROWS + 16)
 
     def _inspect(self) -> None:
         """Read what is there through a read-only connection, so that a file we refuse stays as it is."""
         # A journal that a crash left must be rolled back before anybody can read; a read-only connection could not
-        mode = "rw" if os.path.exists(self._file + "-journal") else "ro"
-        uri = f"{Path(self._file).as_uri()}?mode={mode}"
+        mode = "rw" if os.path.exists(self.path + "-journal") else "ro"
+        uri = f"{Path(self.path).as_uri()}?mode={mode}"
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=2)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version > SCHEMA_VERSION:
+            if version > DATA_VERSION:
                 raise SetupError(f"database {self.path}: written by a newer version of this program "
-                                 f"(data version {version}, known is {SCHEMA_VERSION}); it was not changed")
+                                 f"(data version {version}, this program knows {DATA_VERSION}); it was not changed")
             if os.path.getsize(self.path) <= FULL_CHECK_BYTES:
                 found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
                 if found != "ok":
@@ -1805,7 +1821,7 @@ class SQLite:
                     connection.execute(EVENTS_INDEX)
                     connection.execute(CONFLICTS_TABLE)
                     connection.execute(CONFLICTS_INDEX)
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                connection.execute(f"PRAGMA user_version = {DATA_VERSION}")
             connection.execute("COMMIT")
         # Only now, as this changes the file and a migration that fails must not
         if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
@@ -1841,7 +1857,7 @@ class SQLite:
         """Insert `chunk`, at most MOST_ROWS events; its outcomes."""
         values: list = []
         for event in chunk:
-            values += event[:8]
+            values += event[:-1]
         try:
             cursor = connection.execute(INSERTS[len(chunk)], values)
         except ROW_ERRORS as error:
@@ -1883,7 +1899,7 @@ class SQLite:
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             with _rollback_on_error(self._writer):
-                self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                self._writer.execute(f"PRAGMA user_version = {DATA_VERSION}")
                 self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             raise _unavailable(error) from error
@@ -1993,8 +2009,8 @@ def _migrate_plain_table(connection: sqlite3.Connection) -> None:
     for event_id, *values in connection.execute(f"SELECT {key}, {names} FROM appointment_events ORDER BY {key}"):
         event = _migrated_event(dict(zip(columns, values)), now)
         try:
-            connection.execute(f"INSERT INTO migrated_events (id, {', '.join(COLUMNS)}) VALUES (?{', ?' * 8})",
-                               (event_id, *event[:8]))
+            connection.execute(f"INSERT INTO migrated_events (id, {', '.join(COLUMNS)}) VALUES (?{', ?' * len(COLUMNS)})",
+                               (event_id, *event[:-1]))
         except sqlite3.IntegrityError as error:
             first = connection.execute("SELECT id FROM migrated_events WHERE appointment_id = ? AND timestamp = ?",
                                        (event.appointment_id, event.timestamp)).fetchone()
@@ -2061,7 +2077,7 @@ class _Waiting(Submission):
 
     def __init__(self, event: Optional[AppointmentEvent]) -> None:
         self.event, self.arrived = event, time.monotonic()
-        self.outcome = Outcome("passed")
+        self.outcome: Optional[Outcome] = None
         self._ready = threading.Event()
 
     def done(self, outcome: Outcome) -> None:
@@ -2076,8 +2092,8 @@ class _Waiting(Submission):
 class Store:
     """Group commit over an engine: one thread takes all that wait, commits once, and tells each its outcome.
 
-    The thread that commits also sends the answers (see HTTP): waking a thread for each answer costs more than the
-    disk does. An engine has open, write, probe, events, last_id and close as SQLite has.
+    done() runs on the thread that commits, so that whoever waits can be answered there and then: waking a thread for
+    each answer costs more than the disk does. An engine has open, write, probe, events, last_id and close as SQLite has.
     """
 
     def __init__(self, engine: SQLite, busy_timeout: float,
@@ -2091,13 +2107,11 @@ class Store:
         self._on_trouble = on_trouble
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="webhook-writer", daemon=True)
-        self._started = False
         self._trouble = ""
         self.submit = self._queue.put       # hot path: straight into the C queue
 
     def start(self) -> None:
         """Start writing."""
-        self._started = True
         self._thread.start()
 
     def add(self, event: AppointmentEvent) -> Outcome:
@@ -2114,7 +2128,7 @@ class Store:
 
     def stop(self) -> None:
         """Commit what is queued, end the thread, close the engine."""
-        if self._started:
+        if self._thread.ident is not None:
             self._queue.put(None)
             self._thread.join()
         self.engine.close()
@@ -2137,7 +2151,7 @@ class Store:
                 self._queue.put(None)
 
     def _write(self, group: list) -> list:
-        """Commit `group` and tell each its outcome. Gives those that shall be tried again: the database was locked."""
+        """Commit `group` and tell each its outcome. Returns those to try again: the database was locked."""
         events = [submission.event for submission in group if submission.event is not None]
         try:
             outcomes = self.engine.write(events) if events else []
@@ -2187,7 +2201,7 @@ class Store:
 
 
 # =============================================================================
-# Log: one line a request, without patients' data, written in the background. Knows nothing of HTTP or SQL.
+# Log: one line a request, without patients' data, written in the background. Knows nothing of sockets or SQL.
 # =============================================================================
 
 LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}
@@ -2420,10 +2434,7 @@ class Log:
             text = f"[{request_id}] {printable(message, 2000)}"
             for extra in stack.splitlines():
                 text += "\n    " + printable(extra, 2000)
-            if len(self._queue) < LOG_QUEUE:
-                self._queue.append((LEVELS[level], time.time(), text))
-            else:
-                self._drop(1)
+            self.request((LEVELS[level], time.time(), text))
 
     def exception(self, message: str, request_id: str = "-") -> None:
         """Queue an ERROR with the stack of the exception being handled."""
@@ -2491,7 +2502,7 @@ class Log:
 
 
 # =============================================================================
-# HTTP: bytes to a request, a request to its route, an answer to bytes. The only section that knows status codes.
+# HTTP: bytes to a request, a request to its route, an answer to bytes. The only section that chooses status codes.
 # =============================================================================
 
 REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
@@ -2514,7 +2525,6 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _EMPTY_LINES = re.compile(rb"(?:\r\n)*")
 LONGEST_CHUNK_LINE = 256
-BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
 _WEIGHT = re.compile(r"0(?:\.[0-9]{0,3})?|1(?:\.0{0,3})?")         # RFC 9110 section 12.4.2
 
 
@@ -2533,7 +2543,7 @@ class Refusal(Exception):
 
 
 class Limits(NamedTuple):
-    """How much of a request is read."""
+    """How much of a request is read: bytes, and a number of header fields."""
     request_line: int
     header_bytes: int
     header_fields: int
@@ -2543,7 +2553,7 @@ class Limits(NamedTuple):
 class Head:
     """The head of a request: what its request line and fields say. Equal heads of many requests are one object."""
     __slots__ = ("method", "target", "path", "query", "http11", "fields", "length", "chunked", "keep_alive",
-                 "expect_continue", "host", "endpoint", "arguments", "refusal", "answer_fields", "plain")
+                 "expect_continue", "host", "endpoint", "arguments", "refusal", "answer_fields", "ordinary")
 
     def get(self, name: str, default: str = "") -> str:
         """The value of a field by its lower-case name; the values of a repeated one joined by commas."""
@@ -2577,6 +2587,7 @@ def parse_head(head: bytes, limits: Limits) -> Head:
     try:
         _parse_fields(lines[1:], parsed, limits)
         _parse_framing(parsed, limits)
+        _parse_connection(parsed)
         _parse_host(parsed)
     except Refusal as refusal:
         refusal.head = parsed           # the log shall name method and path, and HEAD gets no body
@@ -2601,7 +2612,7 @@ def _parse_request_line(line: bytes, head: Head) -> None:
             raise Refusal(400, "The request target must be a path", close=True)
         head.host, target = absolute.group(1), absolute.group(2) or "/"
         target = target if target[0] == "/" else "/" + target
-    if "#" in target or BAD_ESCAPE.search(target):
+    if "#" in target or _BAD_PERCENT(target):
         raise Refusal(400, "The request target is not a valid path: '%' must be followed by two hex digits, and '#' has "
                            "no place in it", close=True)
     head.path, _, head.query = target.partition("?")
@@ -2641,6 +2652,10 @@ def _parse_framing(head: Head, limits: Limits) -> None:
         head.length = int(length.lstrip("0")[:20] or 0)
         if head.length > limits.body:
             raise Refusal(413, f"The body is longer than {limits.body} bytes", close=True)
+
+
+def _parse_connection(head: Head) -> None:
+    """Whether more requests may follow (RFC 9112 section 9.3), and whether the sender waits for our 100 (RFC 9110 10.1.1)."""
     options = {option.strip().lower() for option in head.get("connection").split(",")}
     head.keep_alive = "close" not in options and (head.http11 or "keep-alive" in options)
     expect = head.fields.get("expect")
@@ -2729,6 +2744,11 @@ class Response:
         self.status, self.body, self.content_type, self.fields = status, body, content_type, fields or {}
         self.outcome, self.event_id, self.close = outcome, event_id, close
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the body is made while it is sent."""
+        return not isinstance(self.body, bytes)
+
 
 class Request:
     """One request that has been read: its head, its body, who sent it and when; `payload` is what the log may show."""
@@ -2760,7 +2780,7 @@ FILTERS = ("appointment_id", "patient_id", "event_type", "since", "until", "afte
 MEDIA_TYPES = {"application/json": "application/json", "application/x-ndjson": "application/x-ndjson",
            "application/ndjson": "application/x-ndjson", "application/jsonl": "application/x-ndjson",
            "text/csv": "text/csv; charset=utf-8"}
-PAGE = 64               # rows of one read: it ends before a byte of it is sent, so no slow reader holds a snapshot that
+ROWS_A_READ = 64               # rows of one read: it ends before a byte of it is sent, so no slow reader holds a snapshot that
                         # keeps the WAL from being recycled; more rows are not faster, and an event may be a megabyte
 PAGE_BYTES = 8 * 1024 * 1024                            # size at which a page of JSON ends, whatever its limit
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
@@ -2768,21 +2788,32 @@ HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
 
 
 def match_route(method: str, path: str) -> tuple:
-    """(Route, arguments) of a request, HEAD as GET. Raises Refusal (404, 405 with Allow). Decodes each segment once."""
+    """(Route, arguments) of a request, HEAD as GET. Raises Refusal (400, 404, 405 with Allow)."""
+    routes = routes_at(path)
+    for route, arguments in routes:
+        if route.method == ("GET" if method == "HEAD" else method):
+            return route, arguments
+    allow = allowed_methods(routes)
+    raise Refusal(405, f"This path takes {allow}", fields={"Allow": allow})
+
+
+def routes_at(path: str) -> list:
+    """[(Route, arguments)] of a path, each segment of it decoded once. Raises Refusal (400, 404)."""
     try:
         segments = [unquote_to_bytes(segment).decode() for segment in path.split("/")]
     except UnicodeDecodeError:
         raise Refusal(400, "The path is not UTF-8") from None
-    allowed = []
-    for route in ROUTES:
-        arguments = _match(route.path.split("/"), segments)
-        if arguments is not None:
-            if route.method == ("GET" if method == "HEAD" else method):
-                return route, arguments
-            allowed += [route.method] + ["HEAD"] * (route.method == "GET")
-    if not allowed:
+    found = [(route, _match(route.path.split("/"), segments)) for route in ROUTES]
+    found = [(route, arguments) for route, arguments in found if arguments is not None]
+    if not found:
         raise Refusal(404, "There is nothing at this path")
-    raise Refusal(405, f"This path takes {', '.join(allowed)}", fields={"Allow": ", ".join(allowed + ["OPTIONS"])})
+    return found
+
+
+def allowed_methods(routes: list) -> str:
+    """The Allow field for what routes_at() found."""
+    methods = {route.method for route, _ in routes} | {"OPTIONS"}
+    return ", ".join(sorted(methods | {"HEAD"} if "GET" in methods else methods))
 
 
 def _match(pattern: list, segments: list) -> Optional[tuple]:
@@ -2837,15 +2868,15 @@ def wanted_type(accept: str, offered: Iterable) -> Optional[str]:
 
 def event_text(event: AppointmentEvent) -> str:
     """An event as one line of JSON: the columns as members, the payload as it came."""
-    columns = dict(zip(("id",) + COLUMNS[:-1], (event.id,) + event[:7]))
+    columns = {"id": event.id, **event._asdict()}
     # Raw line breaks in JSON are white space between tokens, never part of a string
-    payload = event.payload.replace("\n", " ").replace("\r", " ")
+    payload = columns.pop("payload").replace("\n", " ").replace("\r", " ")
     return json.dumps(columns, ensure_ascii=False)[:-1] + ', "payload": ' + payload + "}"
 
 
 def csv_cell(value: Any) -> Any:
     """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): such text gets an apostrophe in front."""
-    return "'" + value if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n＝＋－＠") and value else value
+    return "'" + value if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n＝＋－＠")) else value
 
 
 def csv_lines(rows: Iterable) -> bytes:
@@ -2865,18 +2896,16 @@ class HTTPDate:
         """Such as Fri, 10 Jan 2025 14:23:15 GMT."""
         now, made = int(time.time()), self._made
         if made[0] != now:
-            moment = time.gmtime(now)                   # strftime would write the names in the machine's language
-            made = self._made = (now, "%s, %02d %s %04d %02d:%02d:%02d GMT" % (
-                "Mon Tue Wed Thu Fri Sat Sun".split()[moment.tm_wday], moment.tm_mday,
-                "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[moment.tm_mon - 1], *moment[0:1], *moment[3:6]))
+            made = self._made = (now, email.utils.formatdate(now, usegmt=True))
         return made[1]
 
 
 # The answer to an ordinary event, all but five holes: date, length, request id twice, event id
+STORED_BODY = '{"status": "success", "message": "Event received and stored", "request_id": "%s", "event_id": %s}'
 STORED = ("HTTP/1.1 200 OK\r\nServer: webhook-server\r\nDate: %s\r\nContent-Type: application/json\r\n"
           "Content-Length: %d\r\nX-Request-ID: %s\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n\r\n"
-          '{"status": "success", "message": "Event received and stored", "request_id": "%s", "event_id": %s}')
-STORED_BODY_LENGTH = len('{"status": "success", "message": "Event received and stored", "request_id": "", "event_id": }') + 26
+          + STORED_BODY)
+STORED_BODY_LENGTH = len(STORED_BODY % ("2025-01-10T14:23:15.123456", ""))
 # Windows has no non-blocking send on a blocking socket: there each connection's thread waits for its own answers
 SEND_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 ANSWERS_BY_WRITER = hasattr(socket, "MSG_DONTWAIT")
@@ -2934,7 +2963,7 @@ class Application:
         except Refusal as refusal:
             refusal.close = refusal.close or head.chunked or bool(head.length)      # the body stays unread
             head.refusal = refusal.with_traceback(None)
-        head.plain = bool(ANSWERS_BY_WRITER and head.endpoint == self.receive_event and head.length is not None and
+        head.ordinary = bool(ANSWERS_BY_WRITER and head.endpoint == self.receive_event and head.length is not None and
                           head.refusal is None and head.keep_alive and head.http11 and not head.answer_fields)
 
     def _check_site(self, head: Head) -> None:
@@ -2958,7 +2987,7 @@ class Application:
     def receive_event(self, request: Request) -> Optional[Response]:
         """POST /webhook/appointments."""
         event = self.event_of(request)
-        if request.head.plain and not self.draining:
+        if request.head.ordinary and not self.draining:
             self.submit(request, event)
             return None
         return self.outcome(request, self.store.add(event))
@@ -2991,13 +3020,13 @@ class Application:
                 return json_response({"status": "duplicate", "message": "Event was already stored", **document},
                                      outcome="duplicate", event_id=outcome.event_id)
             message = "Duplicate event: this appointment_id and timestamp are already stored" + (
-                "" if outcome.identical else ", with other content; this one is kept aside")
+                "" if outcome.identical else ", with other content; this one was kept separately")
             raise Refusal(409, message, event_id=outcome.event_id, identical=outcome.identical)
         if isinstance(outcome.error, StoreUnavailable):
             raise outcome.error
         self.log.line("ERROR", "An event could not be stored", request.id, "".join(
             traceback.format_exception(type(outcome.error), outcome.error, outcome.error.__traceback__)))
-        raise Refusal(500, "The event could not be stored; the log tells why under this request id")
+        raise Refusal(500, "The event could not be stored; see the log entry with this request id")
 
     def show_event(self, request: Request, event_id: int) -> Response:
         """GET /webhook/appointments/{event_id}."""
@@ -3021,7 +3050,7 @@ class Application:
             return Response(200, stream, MEDIA_TYPES[media_type], outcome="streamed")
         limit = _number(values, "limit", DEFAULT_LIMIT, 1, MAX_LIMIT)
         texts, size, following = [], 0, None
-        for event in itertools.chain.from_iterable(self._pages(wanted, after, limit + 1)):
+        for event in itertools.chain.from_iterable(self._in_steps(wanted, after, limit + 1)):
             if len(texts) == limit or size >= PAGE_BYTES:
                 following = "/webhook/appointments?" + urlencode({**values, "after": after})
                 break
@@ -3052,19 +3081,19 @@ class Application:
         """Events up to the one with the id `up_to`, page by page."""
         if as_csv:
             yield csv_lines([("id",) + COLUMNS])
-        for events in self._pages(wanted, after, limit, up_to):
+        for events in self._in_steps(wanted, after, limit, up_to):
             if as_csv:
-                yield csv_lines((event.id,) + event[:8] for event in events)
+                yield csv_lines((event.id,) + event[:-1] for event in events)
             else:
                 yield "".join(event_text(event) + "\n" for event in events).encode()
 
-    def _pages(self, wanted: Filter, after: int, limit: int, up_to: Optional[int] = None) -> Iterator[list]:
-        """Events in lists of at most PAGE, read when they are asked for."""
+    def _in_steps(self, wanted: Filter, after: int, limit: int, up_to: Optional[int] = None) -> Iterator[list]:
+        """Events in lists of at most ROWS_A_READ, read when they are asked for."""
         while limit > 0:
-            events = self.store.engine.events(wanted, after, min(limit, PAGE), up_to)
+            events = self.store.engine.events(wanted, after, min(limit, ROWS_A_READ), up_to)
             if events:
                 yield events
-            if len(events) < min(limit, PAGE):
+            if len(events) < min(limit, ROWS_A_READ):
                 return
             limit -= len(events)
             after = events[-1].id
@@ -3100,12 +3129,7 @@ class Application:
     def options(self, request: Request) -> Response:
         """OPTIONS: what a path takes; the answer to a preflight of an allowed origin."""
         head = request.head
-        try:
-            match_route("OPTIONS", head.path if head.target != "*" else ROUTES[0].path)
-        except Refusal as refusal:
-            if refusal.status != 405:
-                raise
-            allow = refusal.fields["Allow"] if head.target != "*" else "GET, HEAD, POST, OPTIONS"
+        allow = allowed_methods([(route, ()) for route in ROUTES] if head.target == "*" else routes_at(head.path))
         fields = {"Allow": allow}
         if head.answer_fields:
             fields.update({"Access-Control-Allow-Methods": allow, "Access-Control-Allow-Headers": "Content-Type",
@@ -3116,7 +3140,7 @@ class Application:
 
     def answer_bytes(self, request: Request, response: Response, close: bool) -> bytes:
         """Head of `response`, with its body unless that is streamed or must not be sent."""
-        head, streamed = request.head, not isinstance(response.body, bytes)
+        head, streamed = request.head, response.streamed
         lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}", "Server: webhook-server",
                  f"Date: {self.date.text()}"]
         if response.status != 204:
@@ -3142,7 +3166,7 @@ class Application:
                              refusal.members.get("event_id"), refusal.close)
 
     def failed(self, request: Request, error: Exception) -> Response:
-        """The answer to any other exception: 503 when the store cannot work now, else a bug and a 500."""
+        """The answer to an exception: a Refusal as it says, 503 when the store cannot work now, else a bug and a 500."""
         if isinstance(error, Refusal):
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
@@ -3150,7 +3174,7 @@ class Application:
                                                  fields=RETRY_AFTER))
         self.log.line("ERROR", "Unexpected error", request.id,
                       "".join(traceback.format_exception(type(error), error, error.__traceback__)))
-        return self.refused(request, Refusal(500, "Unexpected error; the log tells more under this request id",
+        return self.refused(request, Refusal(500, "Unexpected error; see the log entry with this request id",
                                              close=True))
 
     def note(self, request: Request, status: int, outcome: str, event_id: Optional[int]) -> None:
@@ -3199,7 +3223,7 @@ class EventAnswer(Submission):
     """An event whose answer the writer's thread sends right after the commit, while the connection's own thread is
     back in recv.
 
-    Hot path: waking 64 threads to let each send its answer limits the service to half of this rate, not the disk.
+    Hot path: waking 64 threads, each to send its own answer, would halve the rate; the disk would not.
     """
     __slots__ = ("_application", "_request")
 
@@ -3253,8 +3277,8 @@ class Poller:
         self._application = application
         self._epoll = select.epoll()
         self._handlers: dict = {}       # file descriptor: Handler
-        self._stop, self._stopped = socket.socketpair()
-        self._epoll.register(self._stop.fileno(), select.EPOLLIN)
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._epoll.register(self._wake_receiver.fileno(), select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="webhook-poller", daemon=True)
         self._thread.start()
 
@@ -3266,14 +3290,14 @@ class Poller:
 
     def stop(self) -> None:
         """End the thread. No connection may be watched any more."""
-        self._stopped.close()
+        self._wake_sender.close()
         self._thread.join()
-        self._stop.close()
+        self._wake_receiver.close()
         self._epoll.close()
 
     def _run(self) -> None:
         poll, handlers, take = self._epoll.poll, self._handlers, self._take
-        stop = self._stop.fileno()
+        stop = self._wake_receiver.fileno()
         while True:
             for descriptor, _ in poll():
                 if descriptor == stop:
@@ -3298,7 +3322,7 @@ class Poller:
         application = self._application
         end = data.find(b"\r\n\r\n") + 4
         head = application.heads.get(data[:end])
-        if head is None or not head.plain or len(data) - end != head.length or application.draining or handler.behind():
+        if head is None or not head.ordinary or len(data) - end != head.length or application.draining or handler.behind():
             return False
         request = Request(head, data[end:], application.request_ids.next(), handler.client_address[0], handler)
         handler.since = request.started
@@ -3376,7 +3400,7 @@ class Handler(BaseHTTPRequestHandler):
                 else:
                     request.body, self._buffer = buffer[end:at], buffer[at:]
                 self.phase = Phase.WORK
-                if not head.plain:
+                if not head.ordinary:
                     self._settle()                      # a pipelined reader sees what was sent before it
                 response = head.endpoint(request, *head.arguments)
         except Exception as error:
@@ -3471,10 +3495,10 @@ class Handler(BaseHTTPRequestHandler):
         """Send a Response from this thread, after all answers that the writer still owes this connection."""
         application, head = self.application, request.head
         close = response.close or head is NO_HEAD or not head.keep_alive or application.draining or self.timed_out
-        if not isinstance(response.body, bytes) and not head.http11:
+        if response.streamed and not head.http11:
             close = True                                # HTTP/1.0: the end of the connection ends the body
         outcome = response.outcome
-        if self._send(application.answer_bytes(request, response, close)) and not isinstance(response.body, bytes):
+        if self._send(application.answer_bytes(request, response, close)) and response.streamed:
             outcome = self._stream(request, response)
             close = close or outcome != response.outcome
         application.note(request, response.status, outcome, response.event_id)
@@ -3570,21 +3594,23 @@ class Handler(BaseHTTPRequestHandler):
     # -- ending, called on other threads
 
     def expire(self, now: float, limits: dict) -> None:
-        """Called by the reaper: end what has waited longer than limits[phase]. The own thread then answers or closes."""
+        """Called by the reaper: end what has waited longer than limits[phase]. Its own thread then answers or closes."""
         phase, late_since = self.phase, self._late_since
         deaf = bool(late_since) and now - late_since > limits[Phase.SEND]
         if (deaf or phase in limits and now - self.since > limits[phase]) and not self.timed_out:
             self.timed_out = True
-            # Windows does not wake a recv when only reading is shut down
-            half = socket.SHUT_RD if phase != Phase.SEND and not deaf and os.name == "posix" else socket.SHUT_RDWR
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(half)
+            self._shut_down(reading_only=phase != Phase.SEND and not deaf)
 
     def end(self, at_once: bool) -> None:
-        """Called to drain: end this connection if it is idle, or whatever it does."""
+        """Called to drain: end this connection if it is idle; with `at_once`, whatever it is doing."""
         if at_once or self.phase in (Phase.CONNECTED, Phase.IDLE):
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR if at_once or os.name != "posix" else socket.SHUT_RD)
+            self._shut_down(reading_only=not at_once)
+
+    def _shut_down(self, reading_only: bool) -> None:
+        # Windows does not wake a recv when only reading is shut down
+        half = socket.SHUT_RD if reading_only and os.name == "posix" else socket.SHUT_RDWR
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(half)
 
 
 class Server(ThreadingHTTPServer):
@@ -3607,7 +3633,7 @@ class Server(ThreadingHTTPServer):
         self._count = 0
         self._by_address: dict = {}
         self._refused: deque = deque()
-        self._full_since = 0.0
+        self._told_full_at = 0.0
         self._stop = threading.Event()
         self._own_threads: list = []
         self.poller: Optional[Poller] = None
@@ -3622,7 +3648,7 @@ class Server(ThreadingHTTPServer):
             else:
                 reason = getattr(error, "strerror", None) or str(error)
             raise SetupError(f"cannot listen on {config.host} port {config.port}: {reason}") from None
-        host, self.port = self.socket.getsockname()[:2]
+        host, self.port = self.server_address[:2]
         application.loopback = bool(LOOPBACK.fullmatch(host))
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
@@ -3635,7 +3661,6 @@ class Server(ThreadingHTTPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = self.server_address[:2]
 
     def start(self) -> None:
         """Accept from now on, in threads of our own."""
@@ -3700,8 +3725,8 @@ class Server(ThreadingHTTPServer):
             self._refused.popleft()[1].close()
 
     def _tell_full(self, message: str) -> None:
-        if time.monotonic() - self._full_since > 1:     # once a second: an attack must not fill the log
-            self._full_since = time.monotonic()
+        if time.monotonic() - self._told_full_at > 1:     # once a second: an attack must not fill the log
+            self._told_full_at = time.monotonic()
             self.application.log.line("WARNING", message)
 
     def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
@@ -3829,7 +3854,7 @@ class Callbacks:
                 self._log.exception(f"on_event failed for event {event.id}")
 
 
-BESIDE = Path(__file__).resolve().with_name("schema.json")
+DEFAULT_SCHEMA_FILE = Path(__file__).resolve().with_name("schema.json")
 
 
 def load_schema(path: str) -> tuple:
@@ -3837,7 +3862,7 @@ def load_schema(path: str) -> tuple:
 
     Raises SetupError when it is not JSON, or missing where `path` names it; else the built-in schema stands in.
     """
-    file = Path(path) if path else BESIDE
+    file = Path(path) if path else DEFAULT_SCHEMA_FILE
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -3861,12 +3886,12 @@ def read_schema(path: str) -> tuple:
     try:
         reader = EventReader(document)
     except SchemaError as error:
-        raise SetupError(f"schema {path or BESIDE}: {error}") from None
+        raise SetupError(f"schema {path or DEFAULT_SCHEMA_FILE}: {error}") from None
     warnings = [warning] if warning else []
-    warnings += [f"schema: the unknown keyword {keyword} at {place or '/'} is ignored; was {suggestion} meant?"
+    warnings += [f"schema: the unknown keyword {keyword} at {place or '/'} is ignored; did you mean {suggestion}?"
                  for place, keyword, suggestion in reader.schema.misspelt]
     missed = {problem.path for problem in reader.schema.errors({})}
-    warnings += [f"schema: {name} is not required there, but events without it are refused all the same"
+    warnings += [f"schema: {name} is not required by it, but events without it are refused anyway"
                  for name in REQUIRED_FIELDS if "/" + name not in missed]
     return reader, text, warnings
 
@@ -3965,7 +3990,7 @@ class WebhookServer:
     def _drain(self, server: Server) -> None:
         cut = server.stop(self.config.shutdown_timeout)
         if cut:
-            self.log.line("WARNING", f"{cut} connections were cut after {self.config.shutdown_timeout:g} seconds")
+            self.log.line("WARNING", f"connections cut after {self.config.shutdown_timeout:g} seconds: {cut}")
 
     def __enter__(self) -> WebhookServer:
         return self.start()
@@ -3976,7 +4001,7 @@ class WebhookServer:
     def _tell_trouble(self, trouble: str) -> None:
         if trouble:
             self.log.line("ERROR", f"Events cannot be stored and are answered 503: {trouble}. Senders should try again; "
-                                   "mend this and service comes back by itself")
+                                   "fix this and the service recovers by itself")
         else:
             self.log.line("INFO", "Events are stored again")
 
@@ -3990,7 +4015,7 @@ EXIT_FINE, EXIT_NO, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 EXAMPLES = """examples:
   python3 webhook_server.py                         take events on http://127.0.0.1:8000
   python3 webhook_server.py --port 9000 --database /srv/events.db
-  python3 webhook_server.py send                    post a test event to the server of the first line
+  python3 webhook_server.py send                    post a test event to the server started above
   python3 webhook_server.py check events.ndjson     would these events be taken?"""
 
 
@@ -4302,8 +4327,8 @@ def _post(address: Any, target: str, body: bytes) -> tuple:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Measure a server of our own; 1 when rows and 200s differ, or not every answer was 200."""
-    seconds = _checked(_seconds, options.seconds, "--seconds")
-    levels = [_checked(_whole(1, 10000), level.strip(), "--connections") for level in options.connections.split(",")]
+    seconds = checked(_seconds, options.seconds, "--seconds")
+    levels = [checked(_whole(1, 10000), level.strip(), "--connections") for level in options.connections.split(",")]
     if options.load:
         _raise_file_limit(levels[0])
         print(json.dumps(bench_load(_address("--load", options.load), levels[0], seconds)))
@@ -4323,13 +4348,6 @@ def run_bench(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory(prefix="webhook-bench-", dir=folder) as database_folder:
             fine = _bench_round(database_folder, level, seconds) and fine
     return EXIT_FINE if fine else EXIT_NO
-
-
-def _checked(parse: Callable[[Any], Any], value: str, flag: str) -> Any:
-    try:
-        return parse(value)
-    except ValueError as error:
-        raise SetupError(f"{flag}: {error}") from None
 
 
 def _sync_milliseconds(folder: str) -> float:
