@@ -25,7 +25,6 @@ import tempfile
 import threading
 import time
 import unittest
-from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from unittest import mock
 
@@ -35,12 +34,21 @@ from webhook_server import (
     RequestRecord, SQLite, Schema, SchemaError, SetupError, Store, StoreLocked, StoreUnavailable, Submission,
     WebhookServer, canonical_json, canonical_timestamp, ecma_pattern, json_equal, parse_json)
 
+try:
+    import resource
+except ImportError:             # Windows
+    resource = None
+
 HERE = Path(__file__).absolute().parent
 PROGRAM = HERE / "webhook_server.py"
 PATH = "/webhook/appointments"
 WAIT = 20                       # seconds after which something awaited counts as not coming
 POSIX = os.name == "posix"
 
+
+# =============================================================================
+# Helpers: what the tests of several sections use.
+# =============================================================================
 
 def event(**members):
     """A valid event; members given replace or add, those that are ... (Ellipsis) are left out."""
@@ -173,9 +181,6 @@ def clean_environment():
     return {name: value for name, value in os.environ.items() if not name.startswith("WEBHOOK_")}
 
 
-SUITE = os.environ.get("JSON_SCHEMA_TEST_SUITE", "")
-SUITE_FORMATS = ("date-time", "date", "time", "duration", "email", "uuid", "uri", "ipv4", "ipv6", "hostname",
-                 "json-pointer", "regex", "ecmascript-regex", "unknown")
 MEGABYTE = 1024 * 1024
 
 
@@ -183,6 +188,10 @@ def rules(schema, value):
     """The keywords that refuse a value, in the order of the schema."""
     return [problem.rule for problem in Schema(schema).errors(value)]
 
+
+# =============================================================================
+# Config
+# =============================================================================
 
 class ConfigTest(unittest.TestCase):
 
@@ -192,7 +201,7 @@ class ConfigTest(unittest.TestCase):
         self.assertEqual((config.port, config.host, config.max_body), (9002, "::1", MEGABYTE))
 
     def test_every_setting_can_come_from_a_flag_the_environment_or_the_library(self):
-        for field in fields(Config):
+        for field in dataclasses.fields(Config):
             with self.subTest(field.name):
                 text = ",".join(field.default) if isinstance(field.default, tuple) else str(field.default)
                 expected = getattr(Config(), field.name)
@@ -202,7 +211,7 @@ class ConfigTest(unittest.TestCase):
                 self.assertEqual(getattr(Config(**{field.name: field.default}), field.name), expected)
 
     def test_every_setting_has_a_help_text(self):
-        for field in fields(Config):
+        for field in dataclasses.fields(Config):
             self.assertGreater(len(field.metadata["help"]), 5, field.name)
 
     def test_an_empty_variable_counts_as_not_set(self):
@@ -246,9 +255,13 @@ class ConfigTest(unittest.TestCase):
                 Config(database=value)
 
     def test_settings_cannot_be_changed_afterwards(self):
-        with self.assertRaises(FrozenInstanceError):
+        with self.assertRaises(dataclasses.FrozenInstanceError):
             Config().port = 1
 
+
+# =============================================================================
+# JSON
+# =============================================================================
 
 class JSONTest(unittest.TestCase):
 
@@ -387,6 +400,10 @@ class JSONTest(unittest.TestCase):
         self.assertEqual(len(dict(pairs)), len(pairs))
         return dict(pairs)
 
+
+# =============================================================================
+# Schema
+# =============================================================================
 
 class TimestampTest(unittest.TestCase):
 
@@ -767,6 +784,11 @@ def random_value(chance, schema, depth=0):
                           "boolean": [True, False]}.get(kind, [None]))
 
 
+SUITE = os.environ.get("JSON_SCHEMA_TEST_SUITE", "")
+SUITE_FORMATS = ("date-time", "date", "time", "duration", "email", "uuid", "uri", "ipv4", "ipv6", "hostname",
+                 "json-pointer", "regex", "ecmascript-regex", "unknown")
+
+
 @unittest.skipUnless(SUITE, "JSON_SCHEMA_TEST_SUITE does not name a folder with the official suite")
 class SchemaSuiteTest(unittest.TestCase):
     """The official JSON-Schema-Test-Suite: a folder with tests/, remotes/ and metaschemas/ (each known by its $id)."""
@@ -806,6 +828,10 @@ class SchemaSuiteTest(unittest.TestCase):
         folder = self.tests / "optional"
         self.run_suite([folder / "ecmascript-regex.json", folder / "non-bmp-regex.json"], 50, assert_formats=False)
 
+
+# =============================================================================
+# Events
+# =============================================================================
 
 class EventTest(unittest.TestCase):
 
@@ -926,19 +952,15 @@ class EventTest(unittest.TestCase):
         self.assertEqual(self.reader.field_names, {"event_type", "appointment_id", "patient_id", "timestamp", "notes"})
         self.assertEqual((EventReader(True).field_names, EventReader({}).event_types), (frozenset(), ()))
 
-    def test_the_built_in_schema_is_the_one_beside_the_program(self):
-        self.assertEqual(receiver.EVENT_SCHEMA, json.loads((HERE / "schema.json").read_text(encoding="utf-8")))
-
     def test_a_document_that_is_no_schema_makes_no_reader(self):
         for document in (None, [], "x", {"type": 5}, {"properties": []}, {"properties": {"event_type": {"enum": "x"}}}):
             with self.subTest(document), self.assertRaises(SchemaError):
                 EventReader(document)
 
 
-try:
-    import resource
-except ImportError:             # Windows
-    resource = None
+# =============================================================================
+# Store
+# =============================================================================
 
 PLAIN_TABLE = """CREATE TABLE appointment_events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, event_type TEXT NOT NULL, appointment_id TEXT NOT NULL,
@@ -1614,6 +1636,10 @@ class DurabilityTest(ServerTest):
         self.assertEqual(files(self.folder), before)
 
 
+# =============================================================================
+# Log
+# =============================================================================
+
 class RedactionTest(unittest.TestCase):
     NAMED = ("event_type", "appointment_id", "patient_id", "timestamp", "notes")
     SECRET = "Erika Mustermann"
@@ -1965,6 +1991,10 @@ class LogTest(ServerTest):
         self.assertIn("Service stopped", heads[-1])
         self.assertIn("    Traceback (most recent call last):", lines)
 
+
+# =============================================================================
+# HTTP
+# =============================================================================
 
 LIMITS = receiver.Limits(request_line=8192, header_bytes=16384, header_fields=100, body=1024 * 1024)
 
@@ -3508,6 +3538,10 @@ class ShutdownTest(HTTPTest):
         self.assertEqual(len(answers), rows(self.database))
 
 
+# =============================================================================
+# Service
+# =============================================================================
+
 PARTS = ("Config", "JSON", "Schema", "Events", "Store", "Log", "HTTP", "Service", "Command line")
 
 
@@ -3806,6 +3840,10 @@ class EmbeddingTest(ServerTest):
         server.stop()
         self.assertEqual(rows(self.folder / ":memory:"), 1)
 
+
+# =============================================================================
+# Command line
+# =============================================================================
 
 class ServeTest(RunningTest):
 
@@ -4234,7 +4272,6 @@ class BenchTest(RunningTest):
 
     @unittest.skipUnless(POSIX, "needs ulimit")
     def test_connections_that_cannot_be_made_are_one_line(self):
-        import resource
         done = subprocess.run([sys.executable, str(PROGRAM), "bench", "--seconds", "0.2", "--connections", "100"],
                               stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=clean_environment(),
                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)))
@@ -4242,6 +4279,10 @@ class BenchTest(RunningTest):
         self.assertNotIn(b"Traceback", done.stderr)
         self.assertIn(b"100 connections could not be made", done.stderr)
 
+
+# =============================================================================
+# Documents: what they say is so.
+# =============================================================================
 
 def settings_table():
     """The table of settings as README.md must have it, a line for each setting."""
