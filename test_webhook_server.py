@@ -1187,11 +1187,50 @@ class SQLiteTest(EngineTest):
             with self.subTest(wanted=wanted, after=after):
                 self.assertEqual([one.id for one in engine.events(wanted, after, limit, up_to)], ids)
 
+    def test_a_read_ends_where_payloads_have_filled_its_share_of_memory(self):
+        engine = self.engine()
+        engine.write([stored_event(number, payload=json.dumps({"x": "x" * 700000})) for number in range(1, 6)])
+        found, after = [], 0
+        while True:
+            events = engine.events(Filter(), after, 64)
+            if not events:
+                break
+            found.append([one.id for one in events])
+            after = events[-1].id
+        self.assertEqual(found, [[1, 2], [3, 4], [5]])
+
+    def test_what_is_not_utf_8_is_read_and_never_quoted_in_an_error(self):
+        engine = self.engine()
+        write_rows(self.database, "INSERT INTO appointment_events VALUES (1, 'scheduled', 'APT-1', 'PAT-1', "
+                   "'2025-01-10T14:00:00Z', CAST(x'4a6f686eff' AS TEXT), '2025-01-10T14:00:00Z', NULL, '{}')")
+        self.assertEqual(engine.events(Filter(), 0, 10)[0].notes, "John\\xff")
+        self.assertEqual(engine.write([stored_event(1, timestamp="2025-01-10T14:00:00Z")])[0].kind,
+                         "duplicate")
+
+    @unittest.skipUnless(POSIX, "Windows moves no open file")
+    def test_nothing_is_said_to_be_stored_in_a_file_that_was_moved_away(self):
+        engine = self.engine()
+        engine.write([stored_event(1)])
+        self.database.rename(self.folder / "moved.db")
+        for call in (lambda: engine.write([stored_event(2)]), engine.probe):
+            with self.assertRaisesRegex(StoreUnavailable, "moved or deleted"):
+                call()
+        (self.folder / "moved.db").rename(self.database)
+        engine.probe()
+        self.assertEqual(engine.write([stored_event(2)])[0].kind, "stored")
+
+    def test_large_payloads_are_the_same_in_any_order_and_small_ones_in_any_number_too(self):
+        for one, other, same in (('{"a": 1, "b": [2]}', '{"b": [2.0], "a": 1}', True),
+                                 ('{"a": 1, "timestamp": "x"}', '{"timestamp": "y", "a": 1}', True),
+                                 ('{"a": 1}', '{"a": true}', False), ("not JSON", "not JSON", True), ("[1]", "[1.0]", False),
+                                 (json.dumps({"a": "x" * 20000, "b": 1}), json.dumps({"b": 1, "a": "x" * 20000}), True),
+                                 (json.dumps({"a": "x" * 20000, "b": 1}), json.dumps({"b": 2, "a": "x" * 20000}), False)):
+            with self.subTest(one[:30]):
+                self.assertEqual(receiver.same_content(stored_event(1, payload=one), other), same)
+
     def test_an_appointment_is_looked_up_in_the_index_and_a_page_starts_at_its_id(self):
-        engine, queries = self.engine(), []
-        with mock.patch.object(engine, "_read", lambda query, values: queries.append((query, values)) or []):
-            engine.events(Filter(appointment_id="APT-1"), 0, 100)
-            engine.events(Filter(), 5, 100)
+        engine = self.engine()
+        queries = [receiver._select(wanted, 5, 100, None) for wanted in (Filter(appointment_id="APT-1"), Filter())]
         plans = [str(engine._writer.execute("EXPLAIN QUERY PLAN " + query, values).fetchall())
                  for query, values in queries]
         self.assertIn("idx_appointment_timestamp (appointment_id=?)", plans[0])
@@ -1244,10 +1283,14 @@ class SQLiteTest(EngineTest):
         def of_another_program():
             write_rows(self.database, "CREATE TABLE songs (title)", "PRAGMA user_version = 1")
 
+        def without_its_index():
+            self.engine().close()
+            write_rows(self.database, "DROP INDEX idx_appointment_timestamp")
+
         def with_a_table_that_lacks_columns():
             write_rows(self.database, "CREATE TABLE appointment_events (id INTEGER PRIMARY KEY, patient_id TEXT)")
         cases = [(garbage, "not a SQLite database"), (damaged, "damaged"), (cut_off, "malformed"), (newer, "newer version"),
-                 (newer_in_wal_mode, "newer version"), (of_another_program, "not ours"),
+                 (newer_in_wal_mode, "newer version"), (of_another_program, "not ours"), (without_its_index, "ON CONFLICT"),
                  (with_a_table_that_lacks_columns, "lacks appointment_id")]
         for make, words in cases:
             with self.subTest(make.__name__):
@@ -1886,6 +1929,27 @@ class LogTest(ServerTest):
         self.assertEqual(re.findall(r"line (\d+)\.", text), [str(number) for number in range(400)])
         if POSIX:
             self.assertEqual(path.stat().st_mode & 0o077, 0)
+
+    def test_a_rotation_that_fails_half_way_does_not_silence_the_log_for_ever(self):
+        path = self.folder / "small.log"
+        sink = receiver.FileSink(str(path), 4096, 2)
+        self.addCleanup(sink.close)
+        sink.write(b"x" * 4000 + b"\n", 20)
+        with mock.patch.object(receiver._LogFile, "_open", side_effect=OSError(24, "Too many open files")):
+            for _ in range(2):
+                self.assertRaisesRegex(OSError, "Too many open files", sink.write, b"y" * 4000 + b"\n", 20)
+        sink.write(b"z\n", 20)
+        self.assertEqual(path.read_text(), "z\n")
+
+    def test_large_payloads_wait_as_short_text_and_not_without_bound(self):
+        log, sink = self.log(mode="full", start=False)
+        shown = [log.shown({"x": "y" * 1000000}) for _ in range(40)]
+        self.assertLess(sum(map(len, shown)), receiver.LOG_LARGE + 40 * 100)
+        self.assertIn("too many for the log's queue", shown[-1])
+        log.request(record(payload=shown[0]))
+        log.start()
+        log.stop()
+        self.assertIn('payload={"x": "yyy', sink.text)
 
     def test_a_file_that_cannot_be_rotated_is_written_on(self):
         path = self.folder / "small.log"
@@ -2745,7 +2809,7 @@ class PageTest(HTTPTest):
         server = self.start()
         gone = receiver.StoreUnavailable("the disk is gone")
         for accept in ("application/json", "text/csv"):
-            with mock.patch.object(server.store.engine, "_read", side_effect=gone):
+            with mock.patch.object(server.store.engine, "_reading", side_effect=gone):
                 answer = self.call(server, Accept=accept)
             self.assertEqual((503, "1"), (answer.status, answer.headers["retry-after"]))
             self.assertEqual(200, self.call(server, Accept=accept).status)
@@ -2825,6 +2889,14 @@ class HealthTest(HTTPTest):
 
 class PollerTest(HTTPTest):
     """The poller is for speed alone: with and without it a sender sees the same."""
+
+    def test_it_leaves_large_bodies_to_their_own_threads(self):
+        server = self.start()
+        for size, ordinary in ((receiver.ORDINARY_BODY, receiver.ANSWERS_BY_WRITER), (receiver.ORDINARY_BODY + 1, False)):
+            head = server._application.head(head_bytes(f"Content-Length: {size}", first=f"POST {PATH} HTTP/1.1"))
+            self.assertEqual(head.ordinary, ordinary)
+        self.assertEqual(self.post(server, event(notes="n" * 100000)).status, 200)
+        self.assertRegex(self.log_text(server), 'payload=.*"patient_id": "\\*{3}".*"notes": "\\*{3}"')
 
     STEPS = (post_bytes(event()), post_bytes(event()), post_bytes(event(notes="x")), post_bytes(b"{"),
              post_bytes(event(patient_id="")), post_bytes(event(appointment_id="A2"), "Connection: keep-alive"),
@@ -3097,6 +3169,20 @@ class ConnectionTest(HTTPTest):
         server = self.start()
         for number, kind in enumerate(("application/x-www-form-urlencoded", "text/plain; charset=utf-16", "nonsense")):
             self.assertEqual(200, self.post(server, event(appointment_id=f"A{number}"), Content_Type=kind).status)
+
+    @unittest.skipUnless(receiver.ANSWERS_BY_WRITER, "here each connection's own thread sends its answers")
+    def test_without_a_thread_for_late_answers_a_connection_ends_and_the_service_goes_on(self):
+        server = self.start()
+        connection = self.connect(server)
+        connection.sendall(post_bytes(event()))
+        self.read_answer(connection)
+        handler, = server._server._open_handlers()
+        with mock.patch.object(receiver.threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            handler.submitted += 1
+            handler.send_at_once(b"x" * 50000000)       # more than any socket's buffer takes
+        self.assertTrue(set(read_all(connection)) <= {ord("x")})
+        until(lambda: not server._server._open_handlers(), "the end of the connection")
+        self.assertEqual(self.post(server, event(appointment_id="A2")).status, 200)
 
     def test_who_never_reads_answers_loses_only_its_own(self):
         server = self.start()
@@ -3484,6 +3570,17 @@ class ShutdownTest(HTTPTest):
         answer, = answers_in(read_all(waiting[0]))
         self.assertEqual(200, self.proper(answer).status)
 
+    def test_a_slow_reader_gets_its_whole_list_while_the_service_drains(self):
+        server = self.start(shutdown_timeout=WAIT)
+        for number in range(8):
+            self.assertEqual(self.post(server, event(appointment_id=f"A{number}", notes="n" * 1000000)).status, 200)
+        server._application.draining = True             # as stop() sets it before it looks at connections
+        connection = self.connect(server)
+        connection.sendall(head_bytes("Accept: application/x-ndjson", first=f"GET {PATH} HTTP/1.1"))
+        until(lambda: any(handler.phase == receiver.Phase.SEND for handler in server._server._open_handlers()))
+        answer, = answers_in(read_all(connection))
+        self.assertEqual(len(answer.body.splitlines()), 8)
+
     def test_a_second_stop_is_harmless(self):
         server = self.start()
         server.stop()
@@ -3728,8 +3825,9 @@ class EmbeddingTest(ServerTest):
                 before = open_files()
                 server = WebhookServer(self.config(), on_event=print)
                 with mock.patch.object(part, name, side_effect=RuntimeError("can't start new thread")):
-                    self.assertRaisesRegex(RuntimeError, "new thread", server.start)
+                    self.assertRaisesRegex(SetupError, "new thread", server.start)
                 self.assertEqual(our_threads(), [])
+                self.assertNotIn("Service stopped", (self.folder / "server.log").read_text())
                 self.assertEqual(open_files(), before)
         with WebhookServer(self.config(), on_event=print) as server:
             self.assertEqual(self.call(server, path="/health").status, 200)

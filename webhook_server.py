@@ -1642,8 +1642,10 @@ INSERT INTO conflicting_events (event_id, received_at, client, payload)
 SELECT :event_id, :received_at, :client, :payload WHERE NOT EXISTS (SELECT 1 FROM (
     SELECT client, payload FROM conflicting_events WHERE event_id = :event_id ORDER BY id DESC LIMIT 10)
     WHERE client IS :client AND payload = :payload)"""
+LONGEST_COMPARED = 16384        # characters of a payload that is compared number by number
 GROUP = 512             # most events in one commit: bounds how long the first of them waits for the last
 CHECKPOINT_EVENTS = 5000        # events in the WAL, some 8 MiB, that make it worth moving into the main file
+MOST_READ = 1024 * 1024 # characters of payloads in one read: a reader that stalls keeps no more than that in memory
 IDLE_READERS = 8        # connections kept for reading, with 2 MiB of pages each; more are made when more read at once
 LOCK_STEP = 0.1         # seconds of one try for a locked database: between tries those who waited too long are told
 FULL_CHECK_BYTES = 256 * 1024 * 1024        # larger files are not read whole at start: it would take seconds
@@ -1694,12 +1696,16 @@ ROW_ERRORS = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError,
 
 def same_content(event: AppointmentEvent, stored_payload: str) -> bool:
     """Whether the payload of `event` equals the stored one as JSON, the spelling of the same instant aside."""
+    if event.payload == stored_payload:
+        return True
     try:
         old, new = json.loads(stored_payload), json.loads(event.payload)
         if not (isinstance(old, dict) and isinstance(new, dict)):
             return False
         old.pop("timestamp", None), new.pop("timestamp", None)
-        return json_equal(old, new)
+        # The writer waits for this: C is quick, and only small payloads are worth to see that 1 is 1.0, too
+        return json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True) or \
+            len(event.payload) <= LONGEST_COMPARED and json_equal(old, new)
     except (ValueError, TypeError, RecursionError):     # stored by other hands than ours
         return False
 
@@ -1758,6 +1764,7 @@ class SQLite:
         self._lock = threading.Lock()
         self._writer: Optional[sqlite3.Connection] = None
         self._checkpointer: Optional[_Checkpointer] = None
+        self._inode = 0
         self._readers: deque = deque()
 
     # -- opening
@@ -1773,6 +1780,7 @@ class SQLite:
             self._writer.execute("PRAGMA cache_size = -65536")      # KiB: a million scattered keys fit
             self._prepare(self._writer)
             self._checkpointer = _Checkpointer(self._connect())
+            self._inode = os.stat(self.path).st_ino
         except (OSError, sqlite3.Error) as error:
             self.close()
             raise SetupError(f"database {self.path}: {_reason(error)}") from None
@@ -1781,8 +1789,11 @@ class SQLite:
             raise
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=2, isolation_level=None, check_same_thread=False,
-                               cached_statements=MOST_ROWS + 16)
+        connection = sqlite3.connect(f"{Path(self.path).as_uri()}?mode=rw", uri=True, timeout=2, isolation_level=None,
+                                     check_same_thread=False, cached_statements=MOST_ROWS + 16)
+        # Others may have written what is not UTF-8: sqlite3's own error would quote it, into answer and log
+        connection.text_factory = _lenient_text
+        return connection
 
     def _inspect(self) -> None:
         """Read what is there through a read-only connection, so that a file we refuse stays as it is."""
@@ -1805,6 +1816,8 @@ class SQLite:
             if missing:
                 raise SetupError(f"database {self.path}: its table appointment_events is not ours, it lacks "
                                  f"{', '.join(sorted(missing))}")
+            if version:
+                connection.execute("EXPLAIN " + INSERTS[1], [""] * len(COLUMNS))        # fails without the unique index
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA synchronous = FULL")         # an answered event outlives a power cut
@@ -1836,6 +1849,7 @@ class SQLite:
         """Store `events` in one durable transaction: an Outcome for each. Raises StoreUnavailable: none is stored."""
         with self._lock:
             connection = self._writer
+            self._refuse_if_moved()
             try:
                 # A deferred transaction that reads first gets SQLITE_BUSY at its first write, whatever the timeout
                 connection.execute("BEGIN IMMEDIATE")
@@ -1846,6 +1860,15 @@ class SQLite:
                 return outcomes
             except sqlite3.Error as error:
                 raise _unavailable(error) from error
+
+    def _refuse_if_moved(self) -> None:
+        """An event must not be said to be stored in a file that nobody will find again."""
+        try:
+            moved = os.stat(self.path).st_ino != self._inode
+        except OSError:
+            moved = True
+        if moved:
+            raise StoreUnavailable("the file was moved or deleted while it is in use; restart the service")
 
     def _insert_all(self, connection: sqlite3.Connection, events: list) -> list:
         outcomes: list = []
@@ -1897,6 +1920,7 @@ class SQLite:
         if not self._lock.acquire(timeout=LOCK_STEP):   # the writer may not let go of it while the database is locked
             raise StoreLocked("the database is busy")
         try:
+            self._refuse_if_moved()
             self._writer.execute("BEGIN IMMEDIATE")
             with _rollback_on_error(self._writer):
                 self._writer.execute(f"PRAGMA user_version = {DATA_VERSION}")
@@ -1909,27 +1933,26 @@ class SQLite:
     # -- reading
 
     def events(self, wanted: Filter, after: int, limit: int, up_to: Optional[int] = None) -> list:
-        """At most `limit` events with id > after (and <= up_to) in order of id. Raises StoreUnavailable."""
-        clauses, values = ["id > ?"], [after]
-        for clause, value in (("id <= ?", up_to), ("appointment_id = ?", wanted.appointment_id),
-                              ("patient_id = ?", wanted.patient_id), ("event_type = ?", wanted.event_type),
-                              # without the Z, "…:00" sorts before "…:00.5" as the instants do
-                              ("rtrim(timestamp, 'Z') >= ?", wanted.since and wanted.since.rstrip("Z")),
-                              ("rtrim(timestamp, 'Z') < ?", wanted.until and wanted.until.rstrip("Z"))):
-            if value is not None:
-                clauses.append(clause)
-                values.append(value)
-        # A look-up by appointment goes through its index and sorts the few rows; + keeps it from scanning by id
-        order = "+id" if wanted.appointment_id is not None else "id"
-        query = (f"SELECT {', '.join(COLUMNS)}, id FROM appointment_events WHERE {' AND '.join(clauses)} "
-                 f"ORDER BY {order} LIMIT ?")
-        return [AppointmentEvent._make(row) for row in self._read(query, values + [limit])]
+        """Events with id > after (and <= up_to) in order of id: at most `limit`, fewer where payloads are large, none only
+        at the end. Raises StoreUnavailable."""
+        query, values = _select(wanted, after, limit, up_to)
+        with self._reading() as connection:
+            events, size = [], 0
+            for row in connection.execute(query, values):
+                events.append(AppointmentEvent._make(row))
+                size += len(events[-1].payload)
+                if size > MOST_READ:
+                    break
+        return events
 
     def last_id(self) -> int:
         """The highest id, 0 when there is none. Raises StoreUnavailable."""
-        return self._read("SELECT max(id) FROM appointment_events", ())[0][0] or 0
+        with self._reading() as connection:
+            return connection.execute("SELECT max(id) FROM appointment_events").fetchone()[0] or 0
 
-    def _read(self, query: str, values: Iterable) -> list:
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that reads, for a query whose rows are all fetched before the end, so that no snapshot stays."""
         try:
             try:
                 connection = self._readers.pop()
@@ -1937,7 +1960,7 @@ class SQLite:
                 connection = self._connect()
                 connection.execute("PRAGMA query_only = 1")
             try:
-                return connection.execute(query, values).fetchall()
+                yield connection
             finally:
                 if len(self._readers) < IDLE_READERS:
                     self._readers.append(connection)
@@ -1960,6 +1983,24 @@ class SQLite:
             self._writer = None
 
 
+def _select(wanted: Filter, after: int, limit: int, up_to: Optional[int]) -> tuple:
+    """(query, values) that read events."""
+    clauses, values = ["id > ?"], [after]
+    for clause, value in (("id <= ?", up_to), ("appointment_id = ?", wanted.appointment_id),
+                          ("patient_id = ?", wanted.patient_id), ("event_type = ?", wanted.event_type),
+                          # without the Z, "…:00" sorts before "…:00.5" as the instants do
+                          ("rtrim(timestamp, 'Z') >= ?", wanted.since and wanted.since.rstrip("Z")),
+                          ("rtrim(timestamp, 'Z') < ?", wanted.until and wanted.until.rstrip("Z"))):
+        if value is not None:
+            clauses.append(clause)
+            values.append(value)
+    # A look-up by appointment goes through its index and sorts the few rows; + keeps it from scanning by id
+    order = "+id" if wanted.appointment_id is not None else "id"
+    query = (f"SELECT {', '.join(COLUMNS)}, id FROM appointment_events WHERE {' AND '.join(clauses)} "
+             f"ORDER BY {order} LIMIT ?")
+    return query, values + [limit]
+
+
 @contextlib.contextmanager
 def _rollback_on_error(connection: sqlite3.Connection) -> Iterator[None]:
     try:
@@ -1969,6 +2010,10 @@ def _rollback_on_error(connection: sqlite3.Connection) -> Iterator[None]:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
         raise
+
+
+def _lenient_text(data: bytes) -> str:
+    return data.decode("utf-8", "backslashreplace")
 
 
 def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
@@ -2005,7 +2050,6 @@ def _migrate_plain_table(connection: sqlite3.Connection) -> None:
     connection.execute(CONFLICTS_INDEX)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     highest = connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'appointment_events'").fetchone()[0] or 0
-    connection.text_factory = lambda data: data.decode("utf-8", "backslashreplace")     # some wrote what is not UTF-8
     for event_id, *values in connection.execute(f"SELECT {key}, {names} FROM appointment_events ORDER BY {key}"):
         event = _migrated_event(dict(zip(columns, values)), now)
         try:
@@ -2018,7 +2062,6 @@ def _migrate_plain_table(connection: sqlite3.Connection) -> None:
                 raise ValueError(f"the event with id {printable(str(event_id))} cannot be migrated ({error})") from None
             _keep_conflict(connection, first[0], event)
         highest = max(highest, event_id if isinstance(event_id, int) else 0)
-    connection.text_factory = str
     # An id that was once given to a sender never means another event
     connection.execute("DELETE FROM sqlite_sequence WHERE name = 'migrated_events'")
     connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('migrated_events', ?)", (highest,))
@@ -2209,6 +2252,7 @@ LEVEL_NAMES = {number: name for name, number in LEVELS.items()}
 PERSONAL_FIELDS = frozenset({"patient_id", "notes"})
 MASK = '"***"'
 LOG_QUEUE = 20000               # lines that may wait; what comes on top is dropped and counted
+LOG_LARGE = 16 * 1024 * 1024    # characters of large payloads that may wait there
 LOG_BATCH = 32                  # lines a write: formatting more at a stretch would hold the GIL for milliseconds
 LOG_PAUSE = 0.05                # seconds between looks into the queue: nobody has to wake the writer
 LOG_BREATH = 0.0003             # seconds of sleep before each full batch: threads that wait for the interpreter's lock get
@@ -2277,6 +2321,10 @@ class RequestIds:
             return f"{self._prefix}{micros:06d}"
 
 
+class Shown(str):
+    """Text of a payload that is ready for the log."""
+
+
 class RequestRecord(NamedTuple):
     """What the log keeps of one request; made into text later, by the log's own thread."""
     level: int
@@ -2317,6 +2365,8 @@ class FileSink:
         if not self._is_file:
             _write_all(self._file.stream.write, data)
             return
+        if self._file.stream is None:                   # a rotation failed half way
+            self._file.stream = self._file._open()
         size = self._file.stream.tell()
         if size and size + len(data) > self._max_bytes:
             self._rotate()
@@ -2394,6 +2444,7 @@ class Log:
         self._redactor = redactor or Redactor("none")
         self._queue: deque = deque()
         self._dropped = 0               # lines not written since the last notice
+        self._large = 0                 # characters that shown() made since the queue was last empty
         self._dropping = threading.Lock()
         self._why = "the queue was full"
         self._second, self._prefix = -1, ""
@@ -2424,6 +2475,15 @@ class Log:
             else:
                 self._drop(1)
 
+    def shown(self, payload: Any) -> Shown:
+        """What the log will say of a large payload, made now: a megabyte of objects must not wait in the queue."""
+        text = self._redactor.text(payload)
+        with self._dropping:
+            if self._large + len(text) > LOG_LARGE:
+                return Shown(f"({len(text)} characters, too many for the log's queue just now)")
+            self._large += len(text)
+        return Shown(text)
+
     def _drop(self, lines: int) -> None:
         with self._dropping:
             self._dropped += lines
@@ -2443,6 +2503,7 @@ class Log:
     def _run(self) -> None:
         while not self._stop.wait(LOG_PAUSE):
             self._write_queued()
+            self._large = 0
         self._write_queued()
 
     def _write_queued(self) -> None:
@@ -2488,7 +2549,7 @@ class Log:
         except KeyError:
             before, after = self._frame(method, path, status, outcome, client)
         number = "" if event_id is None else f" event_id={event_id}"
-        shown = self._redactor.text(payload)
+        shown = payload if payload.__class__ is Shown else self._redactor.text(payload)
         return f"[{request_id}{before}{number} {seconds * 1000:.1f}{after}{' payload=' if shown else ''}{shown}"
 
     def _frame(self, *parts: Any) -> tuple:
@@ -2782,7 +2843,7 @@ MEDIA_TYPES = {"application/json": "application/json", "application/x-ndjson": "
            "text/csv": "text/csv; charset=utf-8"}
 ROWS_A_READ = 64               # rows of one read: it ends before a byte of it is sent, so no slow reader holds a snapshot that
                         # keeps the WAL from being recycled; more rows are not faster, and an event may be a megabyte
-PAGE_BYTES = 8 * 1024 * 1024                            # size at which a page of JSON ends, whatever its limit
+PAGE_BYTES = 1024 * 1024                            # size at which a page of JSON ends, whatever its limit
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
 
@@ -2909,6 +2970,9 @@ STORED_BODY_LENGTH = len(STORED_BODY % ("2025-01-10T14:23:15.123456", ""))
 # Windows has no non-blocking send on a blocking socket: there each connection's thread waits for its own answers
 SEND_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 ANSWERS_BY_WRITER = hasattr(socket, "MSG_DONTWAIT")
+# Bytes of a body that the poller may read and the log may keep as objects. A larger one waits in its connection's own
+# thread: a megabyte takes 50 ms to check, during which the poller would serve nobody, and 25 MB as Python objects
+ORDINARY_BODY = 8192
 MAX_PIPELINED = 32      # answers of one connection that may be outstanding before it is read on
 
 
@@ -2963,8 +3027,8 @@ class Application:
         except Refusal as refusal:
             refusal.close = refusal.close or head.chunked or bool(head.length)      # the body stays unread
             head.refusal = refusal.with_traceback(None)
-        head.ordinary = bool(ANSWERS_BY_WRITER and head.endpoint == self.receive_event and head.length is not None and
-                          head.refusal is None and head.keep_alive and head.http11 and not head.answer_fields)
+        head.ordinary = bool(ANSWERS_BY_WRITER and head.endpoint == self.receive_event and
+                             head.length is not None and head.length <= ORDINARY_BODY and head.refusal is None and head.keep_alive and head.http11 and not head.answer_fields)
 
     def _check_site(self, head: Head) -> None:
         """Refuse pages of other sites (Origin, Fetch Metadata), and names that an attacker points at this machine."""
@@ -2996,10 +3060,10 @@ class Application:
         """The event in the body. Raises Refusal (400)."""
         try:
             value, text = parse_json(request.body)
-            request.payload = value
+            request.payload = value if len(request.body) <= ORDINARY_BODY else self.log.shown(value)
             return self.reader.event(value, text, request.id + "Z", request.client)
         except JSONError as error:
-            request.payload = request.body
+            request.payload = request.body if len(request.body) <= ORDINARY_BODY else self.log.shown(request.body)
             raise Refusal(400, str(error), errors=[{"path": "", "rule": "json", "message": str(error)}]) from None
         except InvalidEvent as error:
             raise Refusal(400, str(error), errors=[problem._asdict() for problem in error.problems]) from None
@@ -3091,10 +3155,9 @@ class Application:
         """Events in lists of at most ROWS_A_READ, read when they are asked for."""
         while limit > 0:
             events = self.store.engine.events(wanted, after, min(limit, ROWS_A_READ), up_to)
-            if events:
-                yield events
-            if len(events) < min(limit, ROWS_A_READ):
+            if not events:
                 return
+            yield events
             limit -= len(events)
             after = events[-1].id
 
@@ -3104,7 +3167,7 @@ class Application:
 
     def ready(self, request: Request) -> Response:
         """GET /health/ready."""
-        return self._health_response("database", "service")
+        return self._health_response("database", "disk", "service")
 
     def health(self, request: Request) -> Response:
         """GET /health."""
@@ -3302,16 +3365,14 @@ class Poller:
             for descriptor, _ in poll():
                 if descriptor == stop:
                     return
-                handler = handlers[descriptor]
+                handler, data = handlers[descriptor], b""
                 try:
                     data = handler.connection.recv(65536, socket.MSG_DONTWAIT)
                     if take(handler, data):
                         continue
                 except BlockingIOError:
                     continue
-                except OSError:
-                    data = b""
-                except Exception:           # a refused event, or a bug: its own thread meets it again and answers
+                except Exception:           # the end, a refused event, or a bug: its own thread meets it again and answers
                     pass
                 self._epoll.unregister(descriptor)
                 del handlers[descriptor]
@@ -3423,7 +3484,10 @@ class Handler(BaseHTTPRequestHandler):
             return b""
         if self.application.draining:                   # what has come already is still answered
             self.connection.settimeout(0.001)
-        elif self.phase == Phase.IDLE and self.server.poller is not None:
+            data = self._recv()
+            self.connection.settimeout(None)
+            return data
+        if self.phase == Phase.IDLE and self.server.poller is not None:
             self.server.poller.watch(self)
             self._parked.acquire()
             return self._handed
@@ -3549,9 +3613,14 @@ class Handler(BaseHTTPRequestHandler):
             data = data[sent:]
         with self._late_lock:
             if self._late is None:
-                self._late = bytearray()
-                self._late_thread = threading.Thread(target=self._send_late, name="webhook-late", daemon=True)
-                self._late_thread.start()
+                thread = threading.Thread(target=self._send_late, name="webhook-late", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:                    # the system gives no more threads: better no answer than half of one
+                    self._shut_down(reading_only=False)
+                    self.answered += 1
+                    return
+                self._late, self._late_thread = bytearray(), thread
             self._late += data
         self.answered += 1
 
@@ -3949,8 +4018,10 @@ class WebhookServer:
             self._started = True
             try:
                 self._start_parts()
-            except BaseException:
+            except BaseException as error:
                 self._running.close()
+                if isinstance(error, RuntimeError):     # how threading says that the system gives no more threads
+                    raise SetupError(f"cannot start: {error}") from None
                 raise
         return self
 
@@ -3963,7 +4034,7 @@ class WebhookServer:
         self.log.start()
         for warning in self._warnings:
             self.log.line("WARNING", warning)
-        running.callback(self.log.line, "INFO", "Service stopped")
+        running.callback(self._say_stopped)
         if self._callbacks:
             self._callbacks.start()
             running.callback(self._callbacks.stop)
@@ -3986,6 +4057,10 @@ class WebhookServer:
         with self._lock:
             self._started = True                        # one that was stopped does not start any more
             self._running.close()
+
+    def _say_stopped(self) -> None:
+        if self._server is not None:                    # a start that failed has nothing to say
+            self.log.line("INFO", "Service stopped")
 
     def _drain(self, server: Server) -> None:
         cut = server.stop(self.config.shutdown_timeout)
