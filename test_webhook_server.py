@@ -200,6 +200,15 @@ class ConfigTest(unittest.TestCase):
         config = Config.read({"port": "9002", "host": None}, environment)
         self.assertEqual((config.port, config.host, config.max_body), (9002, "::1", MEGABYTE))
 
+    def test_hosts_and_origins_that_could_never_match_are_refused(self):
+        for name, bad, good in (("allowed_host", ("http://desk.example", "desk.example:80", "a b"), ("desk.example", "[::1]")),
+                                ("allowed_origin", ("desk.example", "https://desk.example/", "null"),
+                                 ("https://desk.example", "http://[::1]:8000"))):
+            for value in bad:
+                with self.subTest(value), self.assertRaisesRegex(SetupError, name):
+                    Config(**{name: ["localhost" if name == "allowed_host" else "http://localhost", value]})
+            self.assertEqual(getattr(Config(**{name: ",".join(good)}), name), good)
+
     def test_every_setting_can_come_from_a_flag_the_environment_or_the_library(self):
         for field in dataclasses.fields(Config):
             with self.subTest(field.name):
@@ -952,6 +961,16 @@ class EventTest(unittest.TestCase):
         self.assertEqual(self.reader.field_names, {"event_type", "appointment_id", "patient_id", "timestamp", "notes"})
         self.assertEqual((EventReader(True).field_names, EventReader({}).event_types), (frozenset(), ()))
 
+    def test_a_schema_that_no_event_of_the_table_could_satisfy_makes_no_reader(self):
+        for kind in ("integer", ["null", "integer"]):
+            with self.subTest(kind), self.assertRaisesRegex(SchemaError, "at /properties/timestamp/type: must allow string"):
+                self.with_property("timestamp", type=kind)
+        self.with_property("timestamp", type=["null", "string"])
+
+    def test_all_that_is_wrong_is_told_at_once_also_what_only_the_table_asks_for(self):
+        problems = self.problems(event(event_type="moved", appointment_id=" ", timestamp="soon"))
+        self.assertEqual([problem.path for problem in problems], ["/event_type", "/timestamp", "/appointment_id"])
+
     def test_a_document_that_is_no_schema_makes_no_reader(self):
         for document in (None, [], "x", {"type": 5}, {"properties": []}, {"properties": {"event_type": {"enum": "x"}}}):
             with self.subTest(document), self.assertRaises(SchemaError):
@@ -1289,7 +1308,7 @@ class SQLiteTest(EngineTest):
 
         def with_a_table_that_lacks_columns():
             write_rows(self.database, "CREATE TABLE appointment_events (id INTEGER PRIMARY KEY, patient_id TEXT)")
-        cases = [(garbage, "not a SQLite database"), (damaged, "damaged"), (cut_off, "malformed"), (newer, "newer version"),
+        cases = [(garbage, "not a SQLite database"), (damaged, "damaged"), (cut_off, "damaged"), (newer, "newer version"),
                  (newer_in_wal_mode, "newer version"), (of_another_program, "not ours"), (without_its_index, "ON CONFLICT"),
                  (with_a_table_that_lacks_columns, "lacks appointment_id")]
         for make, words in cases:
@@ -1334,6 +1353,7 @@ class SQLiteTest(EngineTest):
             under_way.set()
             go_on.wait(WAIT)
         engine._checkpointer._move = move
+        engine.write([stored_event(1)])
         engine._checkpointer._due.set()
         self.assertTrue(under_way.wait(WAIT))
         closing = threading.Thread(target=engine.close, daemon=True)
@@ -3888,6 +3908,22 @@ class EmbeddingTest(ServerTest):
         self.assertIn(f"WARNING - [-] schema {self.folder / 'schema.json'} is missing: the built-in schema is used",
                       self.log_text(server))
 
+    def test_formats_and_drafts_that_are_not_checked_are_told_at_start(self):
+        document = json.loads(json.dumps(receiver.EVENT_SCHEMA))
+        document["$schema"] = "http://json-schema.org/draft-07/schema#"
+        document["properties"]["timestamp"]["format"] = "iso-8601"
+        own = self.folder / "own.json"
+        own.write_text(json.dumps(document))
+        log = self.log_text(self.start(schema=str(own)))
+        self.assertIn(f"{own}: the format iso-8601 at /properties/timestamp is not known and not checked", log)
+        self.assertIn("it says that it follows http://json-schema.org/draft-07/schema#, but is read by draft 2020-12", log)
+        self.assertEqual(len(re.findall("WARNING", log)), 2)
+
+    def test_who_opens_it_to_other_machines_is_told_what_that_means(self):
+        self.assertIn("WARNING - [-] Other machines can reach this service", self.log_text(self.start(host="0.0.0.0")))
+        os.remove(self.folder / "server.log")
+        self.assertNotIn("WARNING", self.log_text(self.start()))
+
     def test_a_schema_json_that_is_there_and_cannot_be_read_is_not_passed_over(self):
         (self.folder / "schema.json").mkdir()
         with mock.patch.object(receiver, "DEFAULT_SCHEMA_FILE", self.folder / "schema.json"):
@@ -3897,9 +3933,9 @@ class EmbeddingTest(ServerTest):
     def test_a_schema_that_looks_misspelt_or_too_lax_starts_with_a_warning(self):
         (self.folder / "own.json").write_text('{"required": ["patient_id"], "properties": {"notes": {"maxLenght": 5}}}')
         log = self.log_text(self.start(schema=str(self.folder / "own.json")))
-        self.assertIn("WARNING - [-] schema: the unknown keyword maxLenght at /properties/notes", log)
+        self.assertIn(f"WARNING - [-] schema {self.folder / 'own.json'}: the unknown keyword maxLenght at /properties/notes", log)
         self.assertIn("did you mean maxLength?", log)
-        self.assertIn("WARNING - [-] schema: appointment_id is not required by it", log)
+        self.assertIn("appointment_id is not required by it", log)
         self.assertNotIn("patient_id is not", log)
         (self.folder / "own.json").write_text(json.dumps({"allOf": [{"required": receiver.REQUIRED_FIELDS}]}))
         self.assertEqual(receiver.read_schema(str(self.folder / "own.json"))[2], [])
@@ -3956,7 +3992,7 @@ class ServeTest(RunningTest):
 
     @unittest.skipUnless(POSIX, "Windows ends a process without asking it")
     def test_a_signal_ends_it_with_everything_on_disk_and_exit_0(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             with self.subTest(number.name):
                 self.database = self.folder / f"{number.name}.db"
                 server = self.serve()
@@ -3987,8 +4023,8 @@ class ServeTest(RunningTest):
         server.terminate()
         until(lambda: not can_connect(server.port), "the end of listening")
         self.assertIsNone(server.poll())
-        server.terminate()
-        server.communicate(timeout=WAIT)
+        until(lambda: server.poll() is not None or server.terminate(), "the end")       # the same one, twice, is one
+        server.communicate()
         self.assertEqual(server.returncode, 128 + signal.SIGTERM)
 
     def test_a_busy_port_is_exit_2_and_one_line(self):
@@ -4473,7 +4509,10 @@ def main():
     words = sys.argv[1:]
     if words and not any(word.startswith("-") for word in words):
         sys.argv[1:] = [part for word in words for part in ("-k", word)]
-    unittest.main()
+    program = unittest.main(exit=False)
+    if not program.result.testsRun:
+        sys.exit("no test has such a name")
+    sys.exit(not program.result.wasSuccessful())
 
 
 if __name__ == "__main__":

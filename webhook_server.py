@@ -121,9 +121,13 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
     return parse
 
 
-def _list_of_text(value: Any) -> tuple:
-    items = value.split(",") if isinstance(value, str) else value
-    return tuple(_text(item).strip().lower() for item in items if item)
+def _list_of(pattern: str, what: str) -> Callable[[Any], tuple]:
+    def parse(value: Any) -> tuple:
+        items = [_text(item).strip().lower() for item in (value.split(",") if isinstance(value, str) else value) if item]
+        if not all(re.fullmatch(pattern, item) for item in items):
+            raise ValueError(f"must be {what}")
+        return tuple(items)
+    return parse
 
 
 def checked(parse: Callable[[Any], Any], value: Any, where: str) -> Any:
@@ -146,7 +150,7 @@ class Config:
     """
     host: str = _setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 address, :: every address")
     port: int = _setting(8000, "port to listen on; 0 takes a free one", _whole(0, 65535), "N")
-    database: str = _setting("appointments.db", "SQLite file, made if missing", metavar="FILE")
+    database: str = _setting("appointments.db", "SQLite file, made if missing; relative to the current folder", metavar="FILE")
     schema: str = _setting("", "JSON Schema of an event (default: schema.json beside the program)",
                            _optional_text, "FILE")
     duplicates: str = _setting("conflict", "answer to an event that comes again unchanged: 409 (conflict) or 200 (ok)",
@@ -175,9 +179,11 @@ class Config:
     idle_timeout: float = _setting(60.0, "how long a connection may be idle between requests", _seconds, "SECONDS")
     shutdown_timeout: float = _setting(10.0, "how long a stop waits for requests in flight", _seconds, "SECONDS")
     allowed_host: tuple = _setting((), "further host name to answer to (repeat, or separate with commas); by default "
-                                   "any, but only local names while listening on a local address", _list_of_text, "HOST")
+                                   "any, but only local names while listening on a local address",
+                                   _list_of(r"[\w.-]+|\[[0-9a-f:.]+\]", "a host name without scheme or port"), "HOST")
     allowed_origin: tuple = _setting((), "web origin whose pages may send requests, such as https://desk.example "
-                                     "(repeat, or separate with commas)", _list_of_text, "ORIGIN")
+                                     "(repeat, or separate with commas)",
+                                     _list_of(r"https?://[^/,\s]+", "an origin such as https://desk.example"), "ORIGIN")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -809,6 +815,7 @@ KINDS = {
 }
 _NAMES_IN_ORDER = list(KEYWORDS)
 VALIDATION_KEYWORDS = frozenset(_NAMES_IN_ORDER[_NAMES_IN_ORDER.index("type"):_NAMES_IN_ORDER.index("format")])
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
 VALIDATION_VOCABULARY = "https://json-schema.org/draft/2020-12/vocab/validation"
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas")
 
@@ -854,13 +861,14 @@ class Schema:
 
     `document` is the schema as JSON; `documents`, {uri: schema}, are others that it may refer to: nothing is fetched.
     Raises SchemaError. Unknown keywords are annotations; `misspelt` lists those that look like a known one, as
-    (pointer, keyword, suggestion).
+    (pointer, keyword, suggestion), and `unchecked` the formats that are annotations here, as (pointer, format).
     """
 
     def __init__(self, document: Any, documents: Optional[dict] = None, assert_formats: bool = True) -> None:
         self._documents = documents or {}
         self.assert_formats = assert_formats
         self.misspelt: list = []
+        self.unchecked: list = []
         self._resources: dict = {}
         self._nodes: dict = {}          # id of a schema: [its check]; ids stay good, as the resources keep the documents
         try:
@@ -925,6 +933,8 @@ class Schema:
             self._index(item, resource, pointer + below, own)
 
     def _look_for_misspelt(self, schema: dict, pointer: str) -> None:
+        if isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
+            self.unchecked.append((pointer, schema["format"]))
         for keyword in schema:
             if keyword not in KEYWORDS and not keyword.startswith("x-"):
                 close = {name.lower(): name for name in KEYWORDS}
@@ -1091,7 +1101,7 @@ def _pattern(source: str, place: str) -> re.Pattern:
     try:
         return ecma_pattern(source)
     except ValueError as error:
-        raise SchemaError(place, f"pattern: {error}") from None
+        raise SchemaError(place, str(error)) from None
 
 
 def _compile_pattern(schema: Schema, around: dict, value: str, resource: _Resource, place: str) -> Callable:
@@ -1512,7 +1522,7 @@ class _Accelerator:
 # What a stored event must have, whatever schema.json says
 REQUIRED_FIELDS = ("event_type", "appointment_id", "patient_id", "timestamp")
 EVENT_SCHEMA = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$schema": DRAFT,
     "title": "AppointmentEvent",
     "description": "What happened to an appointment. Further members are kept with the event.",
     "type": "object",
@@ -1567,12 +1577,22 @@ def _stage(problem: Problem) -> int:
     return 5
 
 
+def _refuse_if_never_text(document: Any) -> None:
+    """Raise SchemaError where a required field may not be text: no event could satisfy both schema and table."""
+    for name in REQUIRED_FIELDS:
+        field = document.get("properties", {}).get(name) if isinstance(document, dict) else None
+        types = field.get("type", "string") if isinstance(field, dict) else "string"
+        if types != "string" and "string" not in types:
+            raise SchemaError(f"/properties/{name}/type", "must allow string, which is how the table keeps it")
+
+
 class EventReader:
     """Makes events out of JSON values by one schema."""
 
     def __init__(self, document: Any) -> None:
         """Raises SchemaError for a document that is not a valid schema."""
         self.schema = Schema(document)
+        _refuse_if_never_text(document)
         self._errors = self.schema.errors
         self._floor = Schema({"type": "object", "required": list(REQUIRED_FIELDS), "properties": {
             name: {"type": "string", "format": "iso8601"} if name == "timestamp" else {"type": "string"}
@@ -1596,7 +1616,8 @@ class EventReader:
                                             notes if notes.__class__ is str else None, received_at, client, payload)
             except (KeyError, TypeError, AttributeError, ValueError):
                 pass                                    # the schema is laxer than the table: say what is missing
-            problems = self._floor_problems(value)
+        named = {problem.path for problem in problems}
+        problems = problems + [problem for problem in self._floor_problems(value) if problem.path not in named]
         raise InvalidEvent(sorted(problems, key=_stage))
 
     def _floor_problems(self, value: Any) -> list:
@@ -1642,11 +1663,13 @@ INSERT INTO conflicting_events (event_id, received_at, client, payload)
 SELECT :event_id, :received_at, :client, :payload WHERE NOT EXISTS (SELECT 1 FROM (
     SELECT client, payload FROM conflicting_events WHERE event_id = :event_id ORDER BY id DESC LIMIT 10)
     WHERE client IS :client AND payload = :payload)"""
+DAMAGED = "the file is damaged; restore a backup, or save what is left with sqlite3's .recover; it was not changed"
 LONGEST_COMPARED = 16384        # characters of a payload that is compared number by number
 GROUP = 512             # most events in one commit: bounds how long the first of them waits for the last
 CHECKPOINT_EVENTS = 5000        # events in the WAL, some 8 MiB, that make it worth moving into the main file
 MOST_READ = 1024 * 1024 # characters of payloads in one read: a reader that stalls keeps no more than that in memory
 IDLE_READERS = 8        # connections kept for reading, with 2 MiB of pages each; more are made when more read at once
+CHECKPOINT_SECONDS = 5.0        # how often fewer are moved
 LOCK_STEP = 0.1         # seconds of one try for a locked database: between tries those who waited too long are told
 FULL_CHECK_BYTES = 256 * 1024 * 1024        # larger files are not read whole at start: it would take seconds
 
@@ -1744,8 +1767,8 @@ class _Checkpointer:
 
     def _run(self) -> None:
         while not self._stopping:                       # looked at after clear(), which may have undone the set() of stop()
-            self._due.wait()
-            if not self._stopping:
+            self._due.wait(CHECKPOINT_SECONDS)
+            if self._events and not self._bulk_is_moved and not self._stopping:
                 self._move(self._connection)
                 self._bulk_is_moved = True
             self._due.clear()
@@ -1772,6 +1795,9 @@ class SQLite:
     def open(self) -> None:
         """Open, make or migrate the file. Raises SetupError, and then has changed nothing."""
         try:
+            if os.path.exists(self.path) and not os.path.isfile(self.path):
+                raise SetupError(f"database {self.path}: it is a {'folder' if os.path.isdir(self.path) else 'device or pipe'}, "
+                                 "not a file")
             if os.path.exists(self.path) and os.path.getsize(self.path):
                 self._inspect()
             else:                                       # patients' data: for the owner only; -wal and -shm copy that
@@ -1808,8 +1834,7 @@ class SQLite:
             if os.path.getsize(self.path) <= FULL_CHECK_BYTES:
                 found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
                 if found != "ok":
-                    raise SetupError(f"database {self.path}: the file is damaged ({found.splitlines()[-1]}); it was not "
-                                     "changed. Restore a backup, or save what is left with sqlite3's .recover")
+                    raise SetupError(f"database {self.path}: {DAMAGED} ({found.splitlines()[-1]})")
             columns = _columns_of(connection)
             # Another program's file may have our version number, too
             missing = set(COLUMNS if version else REQUIRED_FIELDS if columns else ()) - set(columns)
@@ -2025,6 +2050,7 @@ def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
 def _reason(error: Exception) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     hints = {"unable to open database file": "cannot be opened: does its folder exist, and may this user write there?",
+             "database disk image is malformed": DAMAGED,
              "file is not a database": "the file is not a SQLite database; it was not changed",
              "attempt to write a readonly database": "the file or its folder is read-only for this user",
              "database or disk is full": "the disk is full"}
@@ -3035,7 +3061,7 @@ class Application:
         config, host = self.config, head.host
         if host and host not in config.allowed_host and not (LOOPBACK.fullmatch(host) or host == config.host.lower()):
             if self.loopback or config.allowed_host:
-                raise Refusal(403, "This Host is not served here; --allowed-host adds one")
+                raise Refusal(403, f"The Host {printable(host, 100)} is not served here; --allowed-host adds one")
         origin = head.get("origin").lower()
         if origin and origin in config.allowed_origin:
             head.answer_fields = {"Access-Control-Allow-Origin": head.get("origin"), "Vary": "Origin",
@@ -3044,7 +3070,8 @@ class Application:
         # An opaque origin, "null", belongs to no site, so also not to a request without Host
         if origin and origin.partition("://")[1:] != ("://", head.get("host").lower()) or \
                 head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
-            raise Refusal(403, "Requests from pages of other sites are refused; --allowed-origin adds a site")
+            raise Refusal(403, f"Requests from pages of other sites{f', here {printable(origin, 100)},' if origin else ''} are "
+                               "refused; --allowed-origin adds a site")
 
     # -- endpoints
 
@@ -3957,10 +3984,16 @@ def read_schema(path: str) -> tuple:
     except SchemaError as error:
         raise SetupError(f"schema {path or DEFAULT_SCHEMA_FILE}: {error}") from None
     warnings = [warning] if warning else []
-    warnings += [f"schema: the unknown keyword {keyword} at {place or '/'} is ignored; did you mean {suggestion}?"
+    where = f"schema {path or DEFAULT_SCHEMA_FILE}"
+    warnings += [f"{where}: the unknown keyword {keyword} at {place or '/'} is ignored; did you mean {suggestion}?"
                  for place, keyword, suggestion in reader.schema.misspelt]
+    warnings += [f"{where}: the format {name} at {place or '/'} is not known and not checked"
+                 for place, name in reader.schema.unchecked]
+    dialect = document.get("$schema", DRAFT) if isinstance(document, dict) else DRAFT
+    if dialect.rstrip("#") != DRAFT:
+        warnings.append(f"{where}: it says that it follows {dialect}, but is read by draft 2020-12")
     missed = {problem.path for problem in reader.schema.errors({})}
-    warnings += [f"schema: {name} is not required by it, but events without it are refused anyway"
+    warnings += [f"{where}: {name} is not required by it, but events without it are refused anyway"
                  for name in REQUIRED_FIELDS if "/" + name not in missed]
     return reader, text, warnings
 
@@ -4044,6 +4077,9 @@ class WebhookServer:
         server.start()
         self._server = server
         self.log.line("INFO", f"Service started on {server.url}, database {self.config.database}")
+        if not self._application.loopback:
+            self.log.line("WARNING", "Other machines can reach this service, and it asks nobody who they are: let a proxy or a "
+                                     "firewall decide who may send and read")
 
     def stop(self) -> None:
         """Accept no more, answer what is in flight, commit, checkpoint, call on_event for the rest, flush the log.
@@ -4216,22 +4252,27 @@ def _complain(message: str) -> int:
 
 # -- serve
 
+SAME_SIGNAL = 0.1       # seconds: some supervisors signal a process and, a moment later, the group that it leads
+
+
 def run_serve(options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; a second one exits at once."""
+    """Serve until SIGTERM, SIGINT or SIGHUP; a second one exits at once."""
     config = Config.read(vars(options), dict(os.environ))
     _raise_file_limit(config.max_connections)
     # An Event would not do: set() in a handler waits for ever for the lock that wait() around it may hold
     came, wake = [], queue.SimpleQueue()
 
     def on_signal(number: int, frame: Any) -> None:
-        if came:
+        if not came:
+            came.append(time.monotonic())
+            wake.put(number)
+        elif time.monotonic() - came[0] > SAME_SIGNAL:
             os._exit(128 + number)
-        came.append(number)
-        wake.put(number)
 
     server = WebhookServer(config)
-    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):
-        if hasattr(signal, name):
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
+        # Under nohup a hang-up is to be ignored
+        if hasattr(signal, name) and not (name == "SIGHUP" and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN):
             signal.signal(getattr(signal, name), on_signal)
     with server:
         try:
