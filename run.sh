@@ -8,7 +8,12 @@
 #   PYTHON=/path/to/python3 ./run.sh ...    use that Python
 set -eu
 
-here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+me=$0
+while [ -h "$me" ]; do                  # a link to this file is as good as the file
+    link=$(readlink "$me")
+    case $link in /*) me=$link ;; *) me=$(dirname -- "$me")/$link ;; esac
+done
+here=$(CDPATH='' cd -- "$(dirname -- "$me")" && pwd)
 
 fits() {
     "$1" -c 'import sys, sqlite3; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1 </dev/null

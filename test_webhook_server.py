@@ -4465,6 +4465,9 @@ class DocumentTest(FolderTest):
         missing = [line for line in table[2:] if line not in readme]
         self.assertEqual(missing, [], "README.md needs this table:\n\n" + "\n".join(table) + "\n")
 
+    def test_readme_has_no_place_left_to_fill_in(self):
+        self.assertNotRegex((HERE / "README.md").read_text(encoding="utf-8"), r"BENCH_OUTPUT|SETTINGS_TABLE|TODO")
+
     def test_readme_names_no_flag_that_does_not_exist(self):
         known = set()
         for arguments in (["--help"], ["check", "-h"], ["send", "-h"], ["bench", "-h"]):
@@ -4499,6 +4502,10 @@ class DocumentTest(FolderTest):
         self.assertIn("--seconds", run("bench", "--seconds", "x")[2])
         (self.folder / "an event.json").write_text(json.dumps(event()))
         self.assertEqual(run("check", "an event.json"), (0, "", ""))
+        link = self.folder / "link"
+        link.symlink_to(HERE / "run.sh")
+        done = subprocess.run([str(link), "--version"], capture_output=True, timeout=60, env=environment)
+        self.assertEqual(done.stdout.decode(), f"webhook_server.py {receiver.__version__}\n")
         code, out, err = run("start", PYTHON="false")
         self.assertEqual((code, out, err.count("\n")), (2, "", 1))
         self.assertIn("3.9", err)
