@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -4428,7 +4429,7 @@ def settings_table():
     return lines
 
 
-class DocumentTest(FolderTest):
+class DocumentTest(ServerTest):
     source = PROGRAM.read_text(encoding="utf-8")
 
     def test_the_program_starts_on_the_bare_standard_library(self):
@@ -4464,6 +4465,28 @@ class DocumentTest(FolderTest):
         table = settings_table()
         missing = [line for line in table[2:] if line not in readme]
         self.assertEqual(missing, [], "README.md needs this table:\n\n" + "\n".join(table) + "\n")
+
+    @unittest.skipUnless(POSIX and shutil.which("curl"), "needs a shell and curl")
+    def test_every_answer_in_the_readme_is_what_comes_back(self):
+        server = self.start(database=str(self.folder / "appointments.db"))
+        blocks = re.findall(r"```(\w*)\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        tried = 0
+        for (kind, commands), (_, expected) in zip(blocks, blocks[1:]):
+            if kind != "sh" or commands.startswith("./run.sh") or "sqlite3 " in commands and not shutil.which("sqlite3"):
+                continue
+            commands = commands.replace("http://127.0.0.1:8000", server.url).replace(
+                "python3 webhook_server.py", f"'{sys.executable}' -S -I '{PROGRAM}'")
+            done = subprocess.run(["sh", "-c", commands], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=WAIT,
+                                  cwd=self.folder, env=clean_environment())
+            with self.subTest(commands[:80]):
+                self.assertEqual(self.without_times(done.stdout.decode()), self.without_times(expected))
+            tried += 1
+        self.assertGreater(tried, 10)
+
+    @staticmethod
+    def without_times(text):
+        text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", "(now)", text)
+        return re.sub(r'"free_bytes": \d+', "(free)", text).strip()
 
     def test_readme_has_no_place_left_to_fill_in(self):
         self.assertNotRegex((HERE / "README.md").read_text(encoding="utf-8"), r"BENCH_OUTPUT|SETTINGS_TABLE|TODO")
