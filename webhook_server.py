@@ -3248,6 +3248,11 @@ class Application:
         data = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
         return data if streamed or head.method == "HEAD" else data + response.body
 
+    def answer_at_once(self, request: Request, response: Response) -> None:
+        """Send and log an answer from a thread that must not wait."""
+        request.handler.send_at_once(self.answer_bytes(request, response, False))
+        self.note(request, response.status, response.outcome, response.event_id)
+
     def refused(self, request: Request, refusal: Refusal) -> Response:
         """The answer to a Refusal."""
         request.head = refusal.head or request.head
@@ -3335,8 +3340,7 @@ class EventAnswer(Submission):
                 response = application.outcome(request, outcome)
             except Exception as error:
                 response = application.failed(request, error)
-            request.handler.send_at_once(application.answer_bytes(request, response, False))
-            application.note(request, response.status, response.outcome, response.event_id)
+            application.answer_at_once(request, response)
         except Exception:                               # the writer must go on for all the others
             application.log.exception("An answer could not be sent", request.id)
 
@@ -3399,14 +3403,14 @@ class Poller:
                         continue
                 except BlockingIOError:
                     continue
-                except Exception:           # the end, a refused event, or a bug: its own thread meets it again and answers
+                except Exception:           # the end, or a bug: its own thread meets it again and answers
                     pass
                 self._epoll.unregister(descriptor)
                 del handlers[descriptor]
                 handler.hand_over(data)
 
     def _take(self, handler: Handler, data: bytes) -> bool:
-        """Submit the one ordinary event in `data`; False when it holds anything else."""
+        """Submit or refuse the one ordinary event in `data`; False when it holds anything else."""
         application = self._application
         end = data.find(b"\r\n\r\n") + 4
         head = application.heads.get(data[:end])
@@ -3414,7 +3418,13 @@ class Poller:
             return False
         request = Request(head, data[end:], application.request_ids.next(), handler.client_address[0], handler)
         handler.since = request.started
-        application.submit(request, application.event_of(request))
+        try:
+            application.submit(request, application.event_of(request))
+        except Refusal as refusal:
+            if handler.submitted != handler.answered:   # the writer has yet to answer what came before
+                return False
+            handler.submitted += 1
+            application.answer_at_once(request, application.refused(request, refusal))
         return True
 
 
@@ -3626,7 +3636,7 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def send_at_once(self, data: bytes) -> None:
-        """Called on the writer's thread: send without blocking; what does not fit, a thread of its own sends."""
+        """Called on the writer's or poller's thread: send without blocking; a thread of its own sends what does not fit."""
         if self._late is None:
             try:
                 sent = self.connection.send(data, SEND_AT_ONCE)
