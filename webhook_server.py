@@ -1663,14 +1663,14 @@ INSERT INTO conflicting_events (event_id, received_at, client, payload)
 SELECT :event_id, :received_at, :client, :payload WHERE NOT EXISTS (SELECT 1 FROM (
     SELECT client, payload FROM conflicting_events WHERE event_id = :event_id ORDER BY id DESC LIMIT 10)
     WHERE client IS :client AND payload = :payload)"""
-DAMAGED = "the file is damaged; restore a backup, or save what is left with sqlite3's .recover; it was not changed"
-LONGEST_COMPARED = 16384        # characters of a payload that is compared number by number
-GROUP = 512             # most events in one commit: bounds how long the first of them waits for the last
+DAMAGED = "the file is damaged; restore a backup, or save what is left with sqlite3's .recover"
+GROUP = 512                     # most events in one commit: bounds how long the first of them waits for the last
 CHECKPOINT_EVENTS = 5000        # events in the WAL, some 8 MiB, that make it worth moving into the main file
-MOST_READ = 1024 * 1024 # characters of payloads in one read: a reader that stalls keeps no more than that in memory
-IDLE_READERS = 8        # connections kept for reading, with 2 MiB of pages each; more are made when more read at once
 CHECKPOINT_SECONDS = 5.0        # how often fewer are moved
-LOCK_STEP = 0.1         # seconds of one try for a locked database: between tries those who waited too long are told
+LOCK_STEP = 0.1                 # seconds of one try for a locked database: between tries who waited too long is told
+LONGEST_COMPARED = 16384        # characters of a payload that is compared number by number
+MOST_READ = 1024 * 1024         # characters of payloads in one read: a reader that stalls keeps no more in memory
+IDLE_READERS = 8                # connections kept for reading, with 2 MiB of pages each; more come when more read at once
 FULL_CHECK_BYTES = 256 * 1024 * 1024        # larger files are not read whole at start: it would take seconds
 
 
@@ -1834,7 +1834,8 @@ class SQLite:
             if os.path.getsize(self.path) <= FULL_CHECK_BYTES:
                 found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
                 if found != "ok":
-                    raise SetupError(f"database {self.path}: {DAMAGED} ({found.splitlines()[-1]})")
+                    raise SetupError(f"database {self.path}: {DAMAGED}; it was not changed "
+                                     f"({found.splitlines()[-1]})")
             columns = _columns_of(connection)
             # Another program's file may have our version number, too
             missing = set(COLUMNS if version else REQUIRED_FIELDS if columns else ()) - set(columns)
@@ -2281,8 +2282,9 @@ LOG_QUEUE = 20000               # lines that may wait; what comes on top is drop
 LOG_LARGE = 16 * 1024 * 1024    # characters of large payloads that may wait there
 LOG_BATCH = 32                  # lines a write: formatting more at a stretch would hold the GIL for milliseconds
 LOG_PAUSE = 0.05                # seconds between looks into the queue: nobody has to wake the writer
-LOG_BREATH = 0.0003             # seconds of sleep before each full batch: threads that wait for the interpreter's lock get
-                                # it at once, not after 5 ms (P95 at 64 connections 9 -> 5 ms)
+# Seconds of sleep before each full batch: threads that wait for the interpreter's lock get it at once, not after 5 ms
+# (P95 at 64 connections 9 -> 5 ms)
+LOG_BREATH = 0.0003
 LONGEST_SHOWN = 4096            # characters of a redacted payload in a line
 MOST_SHOWN = 50                 # its members
 LOG_FLUSH_SECONDS = 5.0         # at exit: nobody may be reading the other end of a pipe
@@ -2865,11 +2867,12 @@ ROUTES = (
 )
 FILTERS = ("appointment_id", "patient_id", "event_type", "since", "until", "after", "limit")
 MEDIA_TYPES = {"application/json": "application/json", "application/x-ndjson": "application/x-ndjson",
-           "application/ndjson": "application/x-ndjson", "application/jsonl": "application/x-ndjson",
-           "text/csv": "text/csv; charset=utf-8"}
-ROWS_A_READ = 64               # rows of one read: it ends before a byte of it is sent, so no slow reader holds a snapshot that
-                        # keeps the WAL from being recycled; more rows are not faster, and an event may be a megabyte
-PAGE_BYTES = 1024 * 1024                            # size at which a page of JSON ends, whatever its limit
+               "application/ndjson": "application/x-ndjson", "application/jsonl": "application/x-ndjson",
+               "text/csv": "text/csv; charset=utf-8"}
+# A read ends before a byte of it is sent, so no slow reader holds a snapshot that keeps the WAL from being recycled. More
+# rows are not faster.
+ROWS_A_READ = 64
+PAGE_BYTES = 1024 * 1024        # size at which a page of JSON ends, whatever its limit
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
 
