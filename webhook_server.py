@@ -74,6 +74,9 @@ __version__ = "1.0.0"
 class SetupError(Exception):
     """What the operator has to mend before the service can start: one line for the person at the keyboard, exit 2."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, 2000))
+
 
 def printable(text: str, longest: int = 200) -> str:
     """`text` for one log line: shortened, and without characters that end lines, move cursors or turn text around."""
@@ -123,7 +126,8 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 
 def _list_of(pattern: str, what: str) -> Callable[[Any], tuple]:
     def parse(value: Any) -> tuple:
-        items = [_text(item).strip().lower() for item in (value.split(",") if isinstance(value, str) else value) if item]
+        texts = [value] if isinstance(value, str) else value
+        items = [item.strip().lower() for text in texts if text for item in _text(text).split(",") if item.strip()]
         if not all(re.fullmatch(pattern, item) for item in items):
             raise ValueError(f"must be {what}")
         return tuple(items)
@@ -1770,7 +1774,7 @@ class _Checkpointer:
             self._due.wait(CHECKPOINT_SECONDS)
             if self._events and not self._bulk_is_moved and not self._stopping:
                 self._move(self._connection)
-                self._bulk_is_moved = True
+                self._bulk_is_moved = self._events >= CHECKPOINT_EVENTS     # else the writer finds all moved, or goes on
             self._due.clear()
 
     @staticmethod
@@ -1843,7 +1847,9 @@ class SQLite:
                 raise SetupError(f"database {self.path}: its table appointment_events is not ours, it lacks "
                                  f"{', '.join(sorted(missing))}")
             if version:
-                connection.execute("EXPLAIN " + INSERTS[1], [""] * len(COLUMNS))        # fails without the unique index
+                # These fail without the unique index, and without the other table
+                connection.execute("EXPLAIN " + INSERTS[1], [""] * len(COLUMNS))
+                connection.execute("EXPLAIN " + INSERT_CONFLICT, dict.fromkeys(("event_id", "received_at", "client", "payload")))
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA synchronous = FULL")         # an answered event outlives a power cut
@@ -1979,6 +1985,7 @@ class SQLite:
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         """A connection that reads, for a query whose rows are all fetched before the end, so that no snapshot stays."""
+        self._refuse_if_moved()             # or SQLite would replay our WAL into whatever file has its name now
         try:
             try:
                 connection = self._readers.pop()
@@ -2039,7 +2046,7 @@ def _rollback_on_error(connection: sqlite3.Connection) -> Iterator[None]:
 
 
 def _lenient_text(data: bytes) -> str:
-    return data.decode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "replace")
 
 
 def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
@@ -2077,6 +2084,7 @@ def _migrate_plain_table(connection: sqlite3.Connection) -> None:
     connection.execute(CONFLICTS_INDEX)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     highest = connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'appointment_events'").fetchone()[0] or 0
+    connection.text_factory = lambda data: data.decode("utf-8", "backslashreplace")     # ids must stay different
     for event_id, *values in connection.execute(f"SELECT {key}, {names} FROM appointment_events ORDER BY {key}"):
         event = _migrated_event(dict(zip(columns, values)), now)
         try:
@@ -2089,6 +2097,7 @@ def _migrate_plain_table(connection: sqlite3.Connection) -> None:
                 raise ValueError(f"the event with id {printable(str(event_id))} cannot be migrated ({error})") from None
             _keep_conflict(connection, first[0], event)
         highest = max(highest, event_id if isinstance(event_id, int) else 0)
+    connection.text_factory = _lenient_text
     # An id that was once given to a sender never means another event
     connection.execute("DELETE FROM sqlite_sequence WHERE name = 'migrated_events'")
     connection.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('migrated_events', ?)", (highest,))
@@ -2999,9 +3008,10 @@ STORED_BODY_LENGTH = len(STORED_BODY % ("2025-01-10T14:23:15.123456", ""))
 # Windows has no non-blocking send on a blocking socket: there each connection's thread waits for its own answers
 SEND_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 ANSWERS_BY_WRITER = hasattr(socket, "MSG_DONTWAIT")
-# Bytes of a body that the poller may read and the log may keep as objects. A larger one waits in its connection's own
-# thread: a megabyte takes 50 ms to check, during which the poller would serve nobody, and 25 MB as Python objects
+# Bytes of a body that the poller may read. A larger one waits in its connection's own thread: a megabyte takes 50 ms to
+# check, during which the poller would serve nobody
 ORDINARY_BODY = 8192
+SHOWN_LATER = 1024      # bytes of a body that may wait for the log as objects, which take up to 20 times as many
 MAX_PIPELINED = 32      # answers of one connection that may be outstanding before it is read on
 
 
@@ -3090,10 +3100,10 @@ class Application:
         """The event in the body. Raises Refusal (400)."""
         try:
             value, text = parse_json(request.body)
-            request.payload = value if len(request.body) <= ORDINARY_BODY else self.log.shown(value)
+            request.payload = value if len(request.body) <= SHOWN_LATER else self.log.shown(value)
             return self.reader.event(value, text, request.id + "Z", request.client)
         except JSONError as error:
-            request.payload = request.body if len(request.body) <= ORDINARY_BODY else self.log.shown(request.body)
+            request.payload = request.body if len(request.body) <= SHOWN_LATER else self.log.shown(request.body)
             raise Refusal(400, str(error), errors=[{"path": "", "rule": "json", "message": str(error)}]) from None
         except InvalidEvent as error:
             raise Refusal(400, str(error), errors=[problem._asdict() for problem in error.problems]) from None
@@ -3184,10 +3194,12 @@ class Application:
     def _in_steps(self, wanted: Filter, after: int, limit: int, up_to: Optional[int] = None) -> Iterator[list]:
         """Events in lists of at most ROWS_A_READ, read when they are asked for."""
         while limit > 0:
-            events = self.store.engine.events(wanted, after, min(limit, ROWS_A_READ), up_to)
-            if not events:
+            asked = min(limit, ROWS_A_READ)
+            events = self.store.engine.events(wanted, after, asked, up_to)
+            if events:
+                yield events
+            if len(events) < asked and sum(len(event.payload) for event in events) <= MOST_READ:
                 return
-            yield events
             limit -= len(events)
             after = events[-1].id
 
@@ -3447,6 +3459,7 @@ class Handler(BaseHTTPRequestHandler):
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
         self.submitted = self.answered = 0              # counted by this thread, counted by the writer's thread
         self._buffer = b""
+        self._pipelined = False                         # whether requests came before their predecessors were answered
         self._late: Optional[bytearray] = None          # answers that did not fit into the socket's buffer
         self._late_since = 0.0                          # when the current piece of them began to be sent
         self._late_lock = threading.Lock()
@@ -3500,6 +3513,8 @@ class Handler(BaseHTTPRequestHandler):
                     request.body = self._more_body(head, buffer[end:])
                 else:
                     request.body, self._buffer = buffer[end:at], buffer[at:]
+                if self._buffer:
+                    self._pipelined = True
                 self.phase = Phase.WORK
                 if not head.ordinary:
                     self._settle()                      # a pipelined reader sees what was sent before it
@@ -3523,15 +3538,24 @@ class Handler(BaseHTTPRequestHandler):
         if self.timed_out:
             return b""
         if self.application.draining:                   # what has come already is still answered
-            self.connection.settimeout(0.001)
-            data = self._recv()
-            self.connection.settimeout(None)
-            return data
+            return self._recv_waiting()
         if self.phase == Phase.IDLE and self.server.poller is not None:
             self.server.poller.watch(self)
             self._parked.acquire()
             return self._handed
         return self._recv()
+
+    def _recv_waiting(self) -> bytes:
+        """What has come already, b"" when that is nothing."""
+        with contextlib.suppress(OSError):
+            if ANSWERS_BY_WRITER:                       # a timeout would also be one for the writer's send
+                return self.connection.recv(65536, socket.MSG_DONTWAIT)
+            self.connection.settimeout(0.001)
+            try:
+                return self.connection.recv(65536)
+            finally:
+                self.connection.settimeout(None)
+        return b""
 
     def hand_over(self, data: bytes) -> None:
         """Called by the poller: go on with `data` in our own thread; b"" when the connection has ended."""
@@ -3608,7 +3632,7 @@ class Handler(BaseHTTPRequestHandler):
         application.note(request, response.status, outcome, response.event_id)
         if close:
             self.close_connection = True
-            if response.close or head is NO_HEAD:
+            if response.close or head is NO_HEAD or self._pipelined or self._recv_waiting():    # more may be on its way
                 self._linger()
 
     def _stream(self, request: Request, response: Response) -> str:
