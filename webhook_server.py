@@ -3369,6 +3369,7 @@ class Phase:
 NO_HEAD = Head()
 NO_HEAD.method = NO_HEAD.path = "-"
 NO_HEAD.http11, NO_HEAD.answer_fields = True, {}
+DRAIN_GRACE = 0.01      # how long a new connection has for its first bytes while the service stops
 LINGER_SECONDS = 2.0    # how long a refused sender may go on sending before we close, so that it can read our answer
 LINGER_BYTES = 16 * 1024 * 1024
 
@@ -3538,19 +3539,22 @@ class Handler(BaseHTTPRequestHandler):
         if self.timed_out:
             return b""
         if self.application.draining:                   # what has come already is still answered
-            return self._recv_waiting()
+            return self._recv_waiting(DRAIN_GRACE)
         if self.phase == Phase.IDLE and self.server.poller is not None:
             self.server.poller.watch(self)
             self._parked.acquire()
             return self._handed
         return self._recv()
 
-    def _recv_waiting(self) -> bytes:
-        """What has come already, b"" when that is nothing."""
+    def _recv_waiting(self, seconds: float) -> bytes:
+        """What has come already or comes within `seconds`, b"" when that is nothing."""
         with contextlib.suppress(OSError):
             if ANSWERS_BY_WRITER:                       # a timeout would also be one for the writer's send
+                poll = select.poll()
+                poll.register(self.connection, select.POLLIN)
+                poll.poll(seconds * 1000)
                 return self.connection.recv(65536, socket.MSG_DONTWAIT)
-            self.connection.settimeout(0.001)
+            self.connection.settimeout(seconds or 0.001)
             try:
                 return self.connection.recv(65536)
             finally:
@@ -3632,7 +3636,7 @@ class Handler(BaseHTTPRequestHandler):
         application.note(request, response.status, outcome, response.event_id)
         if close:
             self.close_connection = True
-            if response.close or head is NO_HEAD or self._pipelined or self._recv_waiting():    # more may be on its way
+            if response.close or head is NO_HEAD or self._pipelined or self._recv_waiting(0):   # more may be on its way
                 self._linger()
 
     def _stream(self, request: Request, response: Response) -> str:
