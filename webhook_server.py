@@ -2871,7 +2871,7 @@ ROUTES = (
     Route("GET", "/webhook/appointments/{event_id}", "show_event", "one stored event"),
     Route("GET", "/health", "health", "database and disk, really tried"),
     Route("GET", "/health/live", "live", "the process answers"),
-    Route("GET", "/health/ready", "ready", "it can take events"),
+    Route("GET", "/health/ready", "health", "the same"),
     Route("GET", "/schema.json", "show_schema", "what an event looks like"),
 )
 FILTERS = ("appointment_id", "patient_id", "event_type", "since", "until", "after", "limit")
@@ -3066,8 +3066,9 @@ class Application:
         except Refusal as refusal:
             refusal.close = refusal.close or head.chunked or bool(head.length)      # the body stays unread
             head.refusal = refusal.with_traceback(None)
-        head.ordinary = bool(ANSWERS_BY_WRITER and head.endpoint == self.receive_event and
-                             head.length is not None and head.length <= ORDINARY_BODY and head.refusal is None and head.keep_alive and head.http11 and not head.answer_fields)
+        head.ordinary = bool(ANSWERS_BY_WRITER and head.endpoint == self.receive_event and head.refusal is None and
+                             head.length is not None and head.length <= ORDINARY_BODY and
+                             head.keep_alive and head.http11 and not head.answer_fields)
 
     def _check_site(self, head: Head) -> None:
         """Refuse pages of other sites (Origin, Fetch Metadata), and names that an attacker points at this machine."""
@@ -3207,22 +3208,14 @@ class Application:
         """GET /health/live."""
         return json_response({"status": "ok", "checks": {}})
 
-    def ready(self, request: Request) -> Response:
-        """GET /health/ready."""
-        return self._health_response("database", "disk", "service")
-
     def health(self, request: Request) -> Response:
-        """GET /health."""
-        return self._health_response("database", "disk", "service")
-
-    def _health_response(self, *names: str) -> Response:
+        """GET /health and /health/ready: whatever is missing for the one is missing for taking events, too."""
         with self._health_lock:                         # one try a second is enough, however many ask
             made, checks = self._health
             if time.monotonic() - made > 1 or not checks:
                 checks = {"database": _check(self.store.probe()), "disk": _check_disk(self.config.database)}
                 self._health = (time.monotonic(), checks)
         checks = {**checks, "service": _check("stopping" if self.draining else "")}
-        checks = {name: checks[name] for name in names}
         healthy = all(check["status"] == "ok" for check in checks.values())
         return json_response({"status": "ok" if healthy else "failing", "checks": checks}, 200 if healthy else 503,
                              {} if healthy else RETRY_AFTER, "ok" if healthy else "failing")
@@ -3282,8 +3275,7 @@ class Application:
         if isinstance(error, StoreUnavailable):
             return self.refused(request, Refusal(503, f"Nothing can be stored or read now: {error}; try again",
                                                  fields=RETRY_AFTER))
-        self.log.line("ERROR", "Unexpected error", request.id,
-                      "".join(traceback.format_exception(type(error), error, error.__traceback__)))
+        self.log.exception("Unexpected error", request.id)
         return self.refused(request, Refusal(500, "Unexpected error; see the log entry with this request id",
                                              close=True))
 
@@ -3862,7 +3854,7 @@ class Server(ThreadingHTTPServer):
             self._refused.popleft()[1].close()
 
     def _tell_full(self, message: str) -> None:
-        if time.monotonic() - self._told_full_at > 1:     # once a second: an attack must not fill the log
+        if time.monotonic() - self._told_full_at > 1:   # once a second: an attack must not fill the log
             self._told_full_at = time.monotonic()
             self.application.log.line("WARNING", message)
 
