@@ -2625,6 +2625,15 @@ class ReceiveTest(HTTPTest):
         self.assertEqual(self.post(server, event(notes="another")).status, 409)
         self.assertRegex(self.log_text(server), "WARNING - .* 200 duplicate event_id=1 ")
 
+    def test_a_bug_is_a_500_whose_stack_is_in_the_log_under_the_request_id(self):
+        server = self.start()
+        with mock.patch.object(server._application.reader, "event", side_effect=RuntimeError("a bug")):
+            answer = self.post(server)
+        self.assertEqual((answer.status, answer.json["error"]), (500, "Server Error"))
+        self.assertEqual(self.post(server).status, 200)
+        self.assertRegex(self.log_text(server), r"ERROR - \[" + re.escape(answer.json["request_id"]) +
+                         r"\] Unexpected error\n    Traceback[^\0]*\n    RuntimeError: a bug\n")
+
     def test_of_16_clients_that_send_the_same_events_each_event_is_taken_once(self):
         server = self.start()
         answers = []
