@@ -43,7 +43,7 @@ except ImportError:             # Windows
 HERE = Path(__file__).absolute().parent
 PROGRAM = HERE / "webhook_server.py"
 PATH = "/webhook/appointments"
-WAIT = 20                       # seconds after which something awaited counts as not coming
+WAIT = 180                      # seconds after which something awaited counts as not coming: a machine may be busy
 POSIX = os.name == "posix"
 
 
@@ -94,7 +94,7 @@ class FolderTest(unittest.TestCase):
     def program(self, *arguments, stdin=b"", environment=(), **options):
         """Run the command line to its end: (exit code, stdout, stderr) as text."""
         done = subprocess.run([sys.executable, "-S", "-I", str(PROGRAM), *map(str, arguments)], input=stdin,
-                              capture_output=True, timeout=60, cwd=self.folder,
+                              capture_output=True, timeout=WAIT, cwd=self.folder,
                               env={**clean_environment(), **dict(environment)}, **options)
         return done.returncode, done.stdout.decode(), done.stderr.decode()
 
@@ -4439,7 +4439,7 @@ class BenchTest(RunningTest):
     @unittest.skipUnless(POSIX, "needs ulimit")
     def test_connections_that_cannot_be_made_are_one_line(self):
         done = subprocess.run([sys.executable, str(PROGRAM), "bench", "--seconds", "0.2", "--connections", "100"],
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=clean_environment(),
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=WAIT, env=clean_environment(),
                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)))
         self.assertEqual(done.returncode, 2)
         self.assertNotIn(b"Traceback", done.stderr)
@@ -4549,7 +4549,7 @@ class DocumentTest(ServerTest):
 
         def run(*arguments, **changes):
             done = subprocess.run([str(HERE / "run.sh"), *arguments], stdin=subprocess.DEVNULL, capture_output=True,
-                                  cwd=self.folder, timeout=60, env={**environment, **changes})
+                                  cwd=self.folder, timeout=WAIT, env={**environment, **changes})
             return done.returncode, done.stdout.decode(), done.stderr.decode()
         self.assertIn("examples:", run("help")[1])
         self.assertEqual(run("--version"), (0, f"webhook_server.py {receiver.__version__}\n", ""))
@@ -4558,22 +4558,108 @@ class DocumentTest(ServerTest):
         self.assertEqual(run("check", "an event.json"), (0, "", ""))
         link = self.folder / "link"
         link.symlink_to(HERE / "run.sh")
-        done = subprocess.run([str(link), "--version"], capture_output=True, timeout=60, env=environment)
+        done = subprocess.run([str(link), "--version"], capture_output=True, timeout=WAIT, env=environment)
         self.assertEqual(done.stdout.decode(), f"webhook_server.py {receiver.__version__}\n")
         code, out, err = run("start", PYTHON="false")
         self.assertEqual((code, out, err.count("\n")), (2, "", 1))
         self.assertIn("3.9", err)
 
 
+# =============================================================================
+# Running them: whole classes side by side, in as many processes as there are cores and one more.
+# =============================================================================
+
+def setUpModule():
+    """A program that is started with nohup, or by a script in the background, inherits signals as ignored."""
+    for name, default in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), default)
+
+
+def chosen_tests(words):
+    """{name of a class: its tests}, all of them or those whose id holds one of the words."""
+    chosen = {}
+    for name, kind in list(globals().items()):
+        if isinstance(kind, type) and issubclass(kind, unittest.TestCase) and kind.__module__ == __name__:
+            names = unittest.defaultTestLoader.getTestCaseNames(kind)
+            names = [test for test in names if not words or any(word.lower() in f"{name}.{test}".lower() for word in words)]
+            if names:
+                chosen[name] = unittest.TestSuite(map(kind, names))
+    return chosen
+
+
+def work(words):
+    """A worker: run the classes named on stdin, a line of JSON on stdout for each."""
+    chosen, out = chosen_tests(words), os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)                           # what a test prints is no result
+    setUpModule()
+    for line in sys.stdin:
+        text = io.StringIO()
+        result = unittest.TextTestRunner(stream=text, verbosity=0).run(chosen[line.strip()])
+        print(json.dumps({"ran": result.testsRun, "skipped": len(result.skipped), "failures": len(result.failures) +
+                          len(result.unexpectedSuccesses), "errors": len(result.errors),
+                          "text": "" if result.wasSuccessful() else text.getvalue().rpartition("-" * 70)[0]}),
+              file=out, flush=True)
+
+
+class Worker:
+    """A process that runs classes one after the other. A class that kills its process counts as an error of its own."""
+
+    def __init__(self, words):
+        self._command = [sys.executable, str(HERE / "test_webhook_server.py"), "--worker", *words]
+        self._process = None
+
+    def run(self, name):
+        if self._process is None:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process.stdin.write(name + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            code, self._process = self._process.wait(), None
+            return {"ran": 1, "skipped": 0, "failures": 0, "errors": 1, "text": f"ERROR: {name} ended its process: {code}\n"}
+        return json.loads(line)
+
+    def end(self):
+        if self._process is not None:
+            self._process.communicate()
+
+
 def main():
-    """All tests, or those whose name holds one of the words given."""
+    """All tests, or those whose name holds one of the words given; the summary is unittest's."""
     words = sys.argv[1:]
-    if words and not any(word.startswith("-") for word in words):
-        sys.argv[1:] = [part for word in words for part in ("-k", word)]
-    program = unittest.main(exit=False)
-    if not program.result.testsRun:
+    if words[:1] == ["--worker"]:
+        return work(words[1:])
+    classes = sorted(chosen_tests(words).items(), key=lambda item: item[1].countTestCases())
+    if not classes:
         sys.exit("no test has such a name")
-    sys.exit(not program.result.wasSuccessful())
+    waiting, lock = [name for name, _ in classes], threading.Lock()
+    totals, began = {"ran": 0, "skipped": 0, "failures": 0, "errors": 0}, time.monotonic()
+
+    def serve():
+        worker = Worker(words)
+        while True:
+            with lock:
+                if not waiting:
+                    break
+                name = waiting.pop()        # those with the most tests first
+            result = worker.run(name)
+            with lock:
+                print(result.pop("text") or f"{name}: {result['ran']} tests", file=sys.stderr, flush=True)
+                for key in totals:
+                    totals[key] += result[key]
+        worker.end()
+
+    threads = [threading.Thread(target=serve) for _ in range(min(len(classes), (os.cpu_count() or 1) + 1))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bad = totals["failures"] + totals["errors"]
+    notes = ", ".join(f"{key}={totals[key]}" for key in ("failures", "errors", "skipped") if totals[key])
+    print("-" * 70 + f"\nRan {totals['ran']} tests in {time.monotonic() - began:.3f}s\n\n"
+          f"{'FAILED' if bad else 'OK'}{f' ({notes})' if notes else ''}", file=sys.stderr)
+    return sys.exit(bool(bad))
 
 
 if __name__ == "__main__":
