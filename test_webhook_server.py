@@ -177,12 +177,33 @@ def rows(database, query="SELECT count(*) FROM appointment_events"):
     return found[0][0] if len(found) == 1 and len(found[0]) == 1 else found
 
 
+def insert_rows(database, count, notes="'note ' || value"):
+    """Put rows into the table beside the server."""
+    with contextlib.closing(sqlite3.connect(str(database), timeout=10)) as connection, connection:
+        connection.execute(f"""
+            WITH RECURSIVE numbers (value) AS (
+                SELECT 1 UNION ALL SELECT value + 1 FROM numbers WHERE value < {count})
+            INSERT INTO appointment_events (event_type, appointment_id, patient_id, timestamp, notes, received_at,
+                                            payload)
+            SELECT 'scheduled', 'APT-' || value, 'PAT-' || (value % 7), '2025-01-10T14:00:00Z', {notes},
+                   '2025-01-10T14:00:01Z', '{{"n": ' || value || '}}' FROM numbers""")
+
+
 def clean_environment():
     """The environment without settings of ours."""
     return {name: value for name, value in os.environ.items() if not name.startswith("WEBHOOK_")}
 
 
 MEGABYTE = 1024 * 1024
+
+
+def in_threads(count, run):
+    """Call run(number) in `count` threads at once, and wait for all."""
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def rules(schema, value):
@@ -1755,33 +1776,6 @@ class RedactionTest(unittest.TestCase):
                 self.assertTrue(text.isascii() and text.isprintable(), text)
 
 
-class RequestIdTest(unittest.TestCase):
-
-    def ids(self, *microseconds):
-        clock = iter(microseconds)
-        return RequestIds(lambda: next(clock) * 1000 + 999)
-
-    def test_an_id_is_utc_with_microseconds(self):
-        ids = self.ids(1736518995123456, 1736518996000000, 1736518995999999)
-        self.assertEqual([ids.next(), ids.next(), ids.next()],
-                         ["2025-01-10T14:23:15.123456", "2025-01-10T14:23:16.000000", "2025-01-10T14:23:16.000001"])
-
-    def test_ids_rise_also_when_the_clock_stands_or_is_set_back(self):
-        ids = self.ids(*[1736518995999998] * 5, 1736510000000000, 1736518999000000)
-        made = [ids.next() for _ in range(7)]
-        self.assertEqual(made, sorted(set(made)))
-        self.assertEqual(made[2:4], ["2025-01-10T14:23:16.000000", "2025-01-10T14:23:16.000001"])
-
-    def test_threads_never_share_an_id(self):
-        ids, made = RequestIds(), []
-        threads = [threading.Thread(target=lambda: made.extend([ids.next() for _ in range(2000)])) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(len(set(made)), 16000)
-
-
 class Sink:
     """Keeps what is written; raises `error` while that is set."""
 
@@ -2208,6 +2202,66 @@ class HTTPTest(ServerTest):
         return self.proper(Answer(response))
 
 
+class RequestIdTest(unittest.TestCase):
+
+    def ids(self, *microseconds):
+        clock = iter(microseconds)
+        return RequestIds(lambda: next(clock) * 1000 + 999)
+
+    def test_an_id_is_utc_with_microseconds_and_the_time_is_the_same_with_z(self):
+        ids = self.ids(1736518995123456, 1736518996000000, 1736518995999999)
+        self.assertEqual([ids.next(), ids.next(), ids.next()], [(text, text + "Z") for text in (
+            "2025-01-10T14:23:15.123456", "2025-01-10T14:23:16.000000", "2025-01-10T14:23:16.000001")])
+
+    def test_ids_rise_also_when_the_clock_stands_or_is_set_back(self):
+        ids = self.ids(*[1736518995999998] * 5, 1736510000000000, 1736518999000000)
+        made = [ids.next()[0] for _ in range(7)]
+        self.assertEqual(made, sorted(set(made)))
+        self.assertEqual(made[2:4], ["2025-01-10T14:23:16.000000", "2025-01-10T14:23:16.000001"])
+
+    def test_after_a_clock_that_was_wrong_the_time_is_the_time_and_the_id_still_rises(self):
+        ids = self.ids(4102444799000000, 1736518995123456, 1736518995123457, 1736519000000000)
+        made = [ids.next() for _ in range(4)]
+        self.assertEqual([text for _, text in made],
+                         ["2099-12-31T23:59:59.000000Z", "2025-01-10T14:23:15.123456Z", "2025-01-10T14:23:15.123457Z",
+                          "2025-01-10T14:23:20.000000Z"])
+        self.assertEqual([number for number, _ in made], sorted({number for number, _ in made}))
+
+    def test_threads_never_share_an_id(self):
+        ids, made = RequestIds(), []
+        in_threads(8, lambda number: made.extend([ids.next()[0] for _ in range(2000)]))
+        self.assertEqual(len(set(made)), 16000)
+
+
+class RefusalTest(unittest.TestCase):
+    """What is answered, and what the log may have of it."""
+
+    def test_what_the_sender_wrote_is_in_the_answer_and_not_in_the_log(self):
+        refusal = receiver.Refusal(400, "Unknown filter {}; {} is known", "John\r\n", "a")
+        self.assertEqual((refusal.message, refusal.note),
+                         ("Unknown filter John\\r\\n; a is known", "Unknown filter ...; ... is known"))
+        self.assertEqual((receiver.Refusal(400, "plain {}").message, receiver.Refusal(400, "a", note="b").note),
+                         ("plain {}", "b"))
+
+    def test_no_message_in_the_program_is_made_of_anything_else_but_names_of_ours(self):
+        """A text of the sender can get into a message only as one of `quoted`."""
+        ours = {"limits", "self", "known", "name", "part", "limit", "allow", "MEDIA_TYPES", "MAX_LIMIT", "types", "error",
+                "map", "str"}
+        seen = 0
+        for node in ast.walk(ast.parse(PROGRAM.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Refusal", "Malformed", "Busy"):
+                message = node.args[0 if node.func.id == "Busy" else 1]
+                seen += 1
+                if isinstance(message, ast.JoinedStr):
+                    used = {name.id for name in ast.walk(message) if isinstance(name, ast.Name)}
+                    self.assertLessEqual(used, ours, ast.unparse(node))
+                else:
+                    self.assertIn(ast.unparse(message).split("(")[0].strip("'\"")[:5],
+                                  {"str", "messa", "reaso"} | {ast.unparse(message).strip("'\"")[:5]
+                                                              if isinstance(message, ast.Constant) else "str"})
+        self.assertGreater(seen, 40)
+
+
 class HeadTest(unittest.TestCase):
     """Bytes to the head of a request, by RFC 9112."""
 
@@ -2568,6 +2622,88 @@ class RoutingTest(unittest.TestCase):
                 self.assertEqual(receiver.BaseHTTPRequestHandler.date_time_string(None, second), date.text())
 
 
+class RulesTest(unittest.TestCase):
+    """The ruling of a head: what equal heads share."""
+
+    def rules(self, loopback=True, **settings):
+        config = Config(**settings)
+        endpoints = receiver.Endpoints(config, None, None, {})
+        endpoints.rules = receiver.Rules(config, None, b"", None, endpoints, loopback)
+        return endpoints.rules
+
+    def test_a_head_that_comes_again_is_judged_once_and_one_that_does_not_is_not_kept(self):
+        rules = self.rules()
+        again = head_bytes()
+        first, second = rules.ruling(again), rules.ruling(again)
+        self.assertIsNot(first, second)
+        self.assertIs(rules.ruling(again), second)
+        for number in range(20 * receiver.HEADS_KEPT):
+            rules.ruling(head_bytes(f"webhook-id: {number}"))
+        self.assertIs(rules.ruling(again), second)
+
+    def test_however_many_heads_come_again_only_so_many_are_kept(self):
+        rules = self.rules()
+        heads = [head_bytes(f"X: {number}") for number in range(2 * receiver.HEADS_KEPT)]
+        for head in heads:
+            rules.ruling(head)
+            rules.ruling(head)
+        self.assertEqual(len(rules._kept), receiver.HEADS_KEPT)
+        self.assertIs(rules.ruling(heads[-1]), rules.ruling(heads[-1]))
+
+    def test_a_large_head_is_never_kept(self):
+        rules, large = self.rules(), head_bytes("X: " + "a" * receiver.HEAD_KEPT_BYTES)
+        rulings = [rules.ruling(large) for _ in range(3)]
+        self.assertEqual(len(set(map(id, rulings))), 3)
+
+    def test_it_never_raises_and_says_what_was_understood(self):
+        rules = self.rules()
+        for rule, bad, status, good in HeadTest.REFUSED:
+            with self.subTest(rule):
+                self.assertEqual(rules.ruling(bad).refusal.status, status)
+                self.assertNotEqual(getattr(rules.ruling(good).refusal, "status", 200), status)
+        ruling = rules.ruling(head_bytes("no colon", first=f"POST {PATH}?patient_id=P HTTP/1.1"))
+        self.assertEqual((ruling.method, ruling.pattern, ruling.refusal.status), ("POST", PATH, 400))
+
+    def test_the_log_gets_the_route_and_never_what_was_sent(self):
+        rules = self.rules()
+        for first, method, pattern in ((f"GET {PATH}/57 HTTP/1.1", "GET", PATH + "/{event_id}"),
+                                       ("GET /JOHN HTTP/1.1", "GET", "-"), (f"JOHN {PATH} HTTP/1.1", "-", PATH),
+                                       ("GET /%4a HTTP/1.1", "GET", "-"), ("GET /%68ealth HTTP/1.1", "GET", "/health")):
+            ruling = rules.ruling(head_bytes(first=first))
+            self.assertEqual((ruling.method, ruling.pattern), (method, pattern))
+
+    def test_what_is_ordinary(self):
+        rules = self.rules(allowed_origin="https://desk.example")
+        post = f"POST {PATH} HTTP/1.1"
+        size = f"Content-Length: {receiver.ORDINARY_BODY}"
+        self.assertTrue(rules.ruling(head_bytes(size, first=post)).ordinary)
+        for lines in ([f"Content-Length: {receiver.ORDINARY_BODY + 1}"], ["Transfer-Encoding: chunked"], [],
+                      [size, "Connection: close"], [size, "Origin: https://desk.example"], [size, "Origin: http://evil"],
+                      [size, "Content-Encoding: gzip"], [size, "Expect: a-pony"]):
+            with self.subTest(lines):
+                self.assertFalse(rules.ruling(head_bytes(*lines, first=post)).ordinary)
+        self.assertFalse(rules.ruling(head_bytes(size, first=f"POST {PATH} HTTP/1.0")).ordinary)
+        self.assertFalse(rules.ruling(head_bytes(size, first="POST /health HTTP/1.1")).ordinary)
+
+    def test_small_limits_hold_for_every_head(self):
+        rules = self.rules(max_request_line=64, max_header_bytes=256)
+        for head, status in ((head_bytes(first=f"GET /{'a' * 64} HTTP/1.1"), 414), (head_bytes("X: " + "a" * 300), 431),
+                             (head_bytes(), None)):
+            self.assertEqual(getattr(rules.ruling(head).refusal, "status", None), status)
+
+    def test_an_address_is_always_ours_and_a_name_only_where_it_is_named(self):
+        for settings, loopback, host, served in (
+                ({}, True, "10.244.0.5:8000", True), ({}, True, "[fd00::5]:8000", True), ({}, True, "clinic.example", False),
+                ({"allowed_host": "clinic.example"}, False, "10.244.0.5:8000", True),
+                ({"allowed_host": "clinic.example"}, False, "clinic.example", True),
+                ({"allowed_host": "clinic.example"}, False, "evil.example", False),
+                ({"host": "0.0.0.0"}, False, "evil.example", True), ({}, True, "127.0.0.1.evil.example", False),
+                ({}, True, "1.2.3.4.5", False), ({}, True, "0x7f000001", False), ({}, True, "2130706433", False)):
+            with self.subTest(host, **settings):
+                ruling = self.rules(loopback, **settings).ruling(head_bytes(host="Host: " + host))
+                self.assertEqual(ruling.refusal is None, served)
+
+
 class ReceiveTest(HTTPTest):
     """POST /webhook/appointments."""
 
@@ -2664,14 +2800,7 @@ class PageTest(HTTPTest):
 
     def fill(self, server, count, notes="'note ' || value"):
         """Put rows into the table beside the server."""
-        with contextlib.closing(sqlite3.connect(str(self.database), timeout=10)) as connection, connection:
-            connection.execute(f"""
-                WITH RECURSIVE numbers (value) AS (
-                    SELECT 1 UNION ALL SELECT value + 1 FROM numbers WHERE value < {count})
-                INSERT INTO appointment_events (event_type, appointment_id, patient_id, timestamp, notes, received_at,
-                                                payload)
-                SELECT 'scheduled', 'APT-' || value, 'PAT-' || (value % 7), '2025-01-10T14:00:00Z', {notes},
-                       '2025-01-10T14:00:01Z', '{{"n": ' || value || '}}' FROM numbers""")
+        insert_rows(self.database, count, notes)
 
     def table(self, server):
         """All events as rows of CSV."""
@@ -2987,6 +3116,41 @@ class PollerTest(HTTPTest):
                 connection.sendall(post_bytes(body))
                 self.assertEqual(self.read_answer(connection).status, 400)
                 self.assertEqual(handed.call_count - before, turns)
+
+    def test_a_refused_event_is_not_answered_before_those_that_wait(self):
+        server = self.start_with_poller()
+        connection = self.connect(server)
+        connection.sendall(post_bytes(event(appointment_id="first")))
+        self.read_answer(connection)
+        handler, = server._server.open_connections
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            connection.sendall(post_bytes(event(appointment_id="waits")))
+            until(lambda: handler.outbox.promised == 2, "the event")
+            with mock.patch.object(server._server.endpoints, "receive_event", wraps=server._server.endpoints.receive_event) as read:
+                connection.sendall(post_bytes(b"{"))
+                until(lambda: read.called, "the second request")
+            other.execute("ROLLBACK")
+        connection.shutdown(socket.SHUT_WR)
+        self.assertEqual(statuses(read_all(connection)), [200, 400])
+
+    def test_events_that_wait_behind_a_lock_are_answered_in_order_when_it_is_gone(self):
+        server = self.start_with_poller()
+        connection = self.connect(server)
+        connection.sendall(post_bytes(event(appointment_id="first")))
+        self.read_answer(connection)
+        handler, = server._server.open_connections
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for number in range(10):                    # each in a look of its own
+                connection.sendall(post_bytes(event(appointment_id=f"A{number}")))
+                until(lambda: handler.outbox.promised == number + 2, "the event")
+            self.assertEqual(self.call(server, path="/health/live").status, 200)
+            other.execute("ROLLBACK")
+        connection.shutdown(socket.SHUT_WR)
+        self.assertEqual([answer.json["event_id"] for answer in answers_in(read_all(connection))], list(range(2, 12)))
+        self.assertEqual(rows(self.database, "SELECT appointment_id FROM appointment_events WHERE id > 1 ORDER BY id"),
+                         [(f"A{number}",) for number in range(10)])
 
 
 class ConnectionTest(HTTPTest):
@@ -3347,6 +3511,96 @@ class LimitTest(HTTPTest):
                 return self.call(server, path="/health").status == 200
         until(served, "the place of the one that does not read")
 
+    def test_a_budget_is_counted_in_all_and_half_of_it_for_each_address(self):
+        budget = receiver.Budget(4)
+        self.assertEqual([budget.take("a", 1), budget.take("a", 1), budget.take("a", 1), budget.take("b", 2),
+                          budget.take("c", 1)], [True, True, False, True, False])
+        budget.give("a", 1)
+        self.assertEqual([budget.take("b", 1), budget.take("c", 1), budget.take("a", 1)], [False, True, False])
+        for address, amount in (("a", 1), ("b", 2), ("c", 1)):
+            budget.give(address, amount)
+        self.assertEqual([budget.take("a", 2), budget.take("b", 2)], [True, True])
+
+    def test_one_read_too_many_is_told_to_come_again_and_events_are_still_taken(self):
+        with mock.patch.object(receiver, "READS", 4):
+            server = self.start()
+        insert_rows(self.database, 3000, "printf('%03000d', value)")
+        deaf = [self.connect(server) for _ in range(2)]
+        for connection in deaf:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(head_bytes("Accept: text/csv", first=f"GET {PATH} HTTP/1.1"))
+            connection.recv(1)
+        answer = self.call(server, path=PATH)
+        self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
+        self.assertEqual([self.post(server, event(appointment_id="A")).status, self.call(server, path="/health").status],
+                         [200, 200])
+        for connection in deaf:
+            connection.close()
+        until(lambda: self.call(server, path=PATH).status == 200, "the end of the reads")
+        self.assertRegex(self.log_text(server), "WARNING - .* 503 Too many reads are under way")
+
+    def test_one_large_body_too_many_is_told_to_come_again_and_small_ones_are_taken(self):
+        server = self.start(max_body=100000)
+        server._server.large = receiver.Budget(200000)
+        begun = post_bytes(event(notes="n" * 60000))
+        slow = self.connect(server)
+        slow.sendall(begun[:1000])
+        until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the first body")
+        slow.sendall(begun[1000:60000])
+        until(lambda: server._server.large._used >= 59000, "the rest of it")
+        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"ea60\r\n"
+        for head, body in ((begun[:1000], begun[1000:]), (chunked, b" " * 60000)):
+            connection = self.connect(server)
+            connection.sendall(head)
+            until(lambda: [one.phase for one in server._server.open_connections].count(receiver.Phase.BODY) == 2, "its head")
+            connection.sendall(body)
+            answer, = answers_in(read_all(connection))
+            self.assertEqual((answer.status, answer.headers["retry-after"], answer.headers["connection"]),
+                             (503, "1", "close"))
+        self.assertEqual(self.post(server, event(appointment_id="small")).status, 200)
+        slow.sendall(begun[60000:])
+        self.assertEqual(self.read_answer(slow).status, 200)
+        until(lambda: not server._server.large._used, "what was held")
+        self.assertEqual(self.talk_statuses(server, begun), [409])
+
+    def test_a_sender_that_pipelines_without_end_waits_for_its_answers(self):
+        """Else its answers would pile up in the store."""
+        server = self.start()
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
+            connection = self.connect(server)
+            connection.sendall(post_bytes(event()))
+            self.read_answer(connection)
+            handler, = server._server.open_connections
+            other.execute("BEGIN IMMEDIATE")
+            most = 0
+            sending = threading.Thread(target=connection.sendall, args=(b"".join(
+                post_bytes(event(appointment_id=f"B{number}")) for number in range(2000)),))
+            sending.start()
+            until(lambda: handler.outbox.is_full, "the limit")
+            for _ in range(200):
+                most = max(most, handler.outbox.promised - handler.outbox.sent)
+                time.sleep(0.0005)
+            other.execute("ROLLBACK")
+        self.assertLessEqual(most, receiver.MAX_PIPELINED + 1)
+        reading = threading.Thread(target=lambda: (sending.join(), connection.shutdown(socket.SHUT_WR)))
+        reading.start()
+        found = statuses(read_all(connection))
+        reading.join()
+        self.assertEqual((len(found), set(found) - {503}), (2000, {200}))
+
+    @unittest.skipUnless(receiver.SENDS_AT_ONCE, "here each connection's own thread sends its answers")
+    def test_a_late_answer_that_nobody_takes_ends_its_connection(self):
+        server = self.start(body_timeout=0.3)
+        connection = self.connect(server)
+        connection.sendall(post_bytes(event()))
+        self.read_answer(connection)
+        handler, = server._server.open_connections
+        handler.outbox.promised += 1
+        handler.outbox.send(b"x" * 50000000)            # more than any socket's buffer takes
+        until(lambda: not server._server.open_connections, "the end of the connection")
+        self.assertTrue(handler.timed_out)
+        self.assertEqual(self.post(server, event(appointment_id="A2")).status, 200)
+
     @unittest.skipUnless(POSIX, "needs 600 open files in one process")
     def test_300_slow_senders_are_not_felt_by_a_good_one(self):
         server = self.start(max_connections_per_address=400, header_timeout=60)
@@ -3363,6 +3617,48 @@ class LimitTest(HTTPTest):
         self.assertEqual(100, rows(self.database))
         for connection in slow:
             connection.close()
+
+
+class ListenTest(HTTPTest):
+    """Where the service listens, and who is said to have sent."""
+
+    def test_localhost_is_listened_to_on_every_family_that_the_machine_has(self):
+        server = self.start(host="localhost")
+        both = len(server._server.listeners) > 1        # some machines have no IPv6, or no name for it
+        self.assertEqual(server.url, f"http://{'localhost' if both else '127.0.0.1'}:{server.port}")
+        for address in {one[4][0] for one in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)}:
+            with contextlib.suppress(OSError), socket.create_connection((address, server.port), timeout=WAIT) as connection:
+                connection.sendall(head_bytes("Connection: close", first="GET /health/live HTTP/1.1"))
+                self.assertEqual(statuses(read_all(connection)), [200], address)
+        self.assertTrue(server._server.loopback)
+
+    def test_an_address_of_the_other_family_of_a_name_may_be_missing(self):
+        both = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0)),
+                (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+        with mock.patch.object(receiver.socket, "getaddrinfo", return_value=both):
+            server = self.start(host="clinic.example")
+        self.assertEqual(len(server._server.listeners), 1)
+        self.assertEqual(self.post(server).status, 200)
+        with mock.patch.object(receiver.socket, "getaddrinfo", return_value=both[:1]), \
+                self.assertRaisesRegex(SetupError, "no network interface of this machine has that address"):
+            self.start(host="clinic.example", database=str(self.folder / "other.db"))
+
+    def test_a_sender_by_ipv4_is_known_by_its_ipv4_address(self):
+        try:
+            server = self.start(host="::")
+        except SetupError:
+            self.skipTest("this machine has no IPv6")
+        self.assertEqual(self.post(server).status, 200)
+        self.assertEqual(rows(self.database, "SELECT client FROM appointment_events"), "127.0.0.1")
+        self.assertIn("client=127.0.0.1", self.log_text(server))
+
+    def test_what_keeps_it_from_listening_says_what_to_do(self):
+        for number, words in ((13, "may not take a port below 1024"), (98, "choose another with --port"),
+                              (99, "no network interface")):
+            number = {13: receiver.errno.EACCES, 98: receiver.errno.EADDRINUSE, 99: receiver.errno.EADDRNOTAVAIL}[number]
+            with self.subTest(words), mock.patch.object(receiver.Server, "_listener", side_effect=OSError(number, "x")), \
+                    self.assertRaisesRegex(SetupError, words):
+                WebhookServer(Config(port=80, database=str(self.database))).start()
 
 
 class SiteTest(HTTPTest):

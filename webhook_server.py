@@ -4595,8 +4595,6 @@ class WebhookServer:
             running.callback(self._callbacks.stop)
         self.store.start()
         running.callback(self.store.stop)
-        running.callback(self._drain, server)
-        server.start()
         self._reaping = threading.Event()
 
         def reap():
@@ -4604,6 +4602,8 @@ class WebhookServer:
                 server.expire()
         threading.Thread(target=reap, daemon=True, name="webhook-clock").start()
         running.push(lambda *_: self._reaping.set())
+        running.callback(self._drain, server)
+        server.start()
         self._server = server
         self.log.line("INFO", f"Service started on {server.url}, database {self.config.database}")
         if not server.loopback:
