@@ -2763,7 +2763,7 @@ class ReceiveTest(HTTPTest):
 
     def test_a_bug_is_a_500_whose_stack_is_in_the_log_under_the_request_id(self):
         server = self.start()
-        with mock.patch.object(server._contract, "event", side_effect=RuntimeError("a bug")):
+        with mock.patch.object(server._endpoints.rules.contract, "event", side_effect=RuntimeError("a bug")):
             answer = self.post(server)
         self.assertEqual((answer.status, answer.json["error"]), (500, "Server Error"))
         self.assertEqual(self.post(server).status, 200)
@@ -2928,19 +2928,11 @@ class PageTest(HTTPTest):
                 for name in ("content-type", "content-length", "transfer-encoding"):
                     self.assertEqual(get.headers.get(name), head.headers.get(name))
 
-    def test_many_rows_are_streamed_in_order_a_few_at_a_time(self):
+    def test_many_rows_are_streamed_in_order(self):
         server = self.start()
         self.fill(server, 12000)
-        sizes, events = [], server.store.engine.events
-
-        def counted(*arguments):
-            found = events(*arguments)
-            sizes.append(len(found))
-            return found
-        with mock.patch.object(server.store.engine, "events", counted):
-            lines = self.call(server, Accept="application/x-ndjson").body.splitlines()
-        self.assertEqual(list(range(1, 12001)), [json.loads(line)["id"] for line in lines])
-        self.assertLessEqual(max(sizes), receiver.ROWS_A_READ)
+        lines = self.call(server, Accept="application/x-ndjson").body.splitlines()
+        self.assertEqual([json.loads(line)["id"] for line in lines], list(range(1, 12001)))
         some = self.call(server, path=PATH + "?after=700&limit=1200", Accept="application/x-ndjson").body.splitlines()
         self.assertEqual([701, 1900, 1200], [json.loads(some[0])["id"], json.loads(some[-1])["id"], len(some)])
 
@@ -2968,12 +2960,61 @@ class PageTest(HTTPTest):
 
     def test_a_store_that_cannot_be_read_is_a_503_in_every_form(self):
         server = self.start()
+        self.post(server)
         gone = receiver.StoreUnavailable("the disk is gone")
-        for accept in ("application/json", "text/csv"):
-            with mock.patch.object(server.store.engine, "_reading", side_effect=gone):
-                answer = self.call(server, Accept=accept)
-            self.assertEqual((503, "1"), (answer.status, answer.headers["retry-after"]))
-            self.assertEqual(200, self.call(server, Accept=accept).status)
+        for path, accept in ((PATH, "application/json"), (PATH, "text/csv"), (PATH + "/1", "*/*")):
+            with mock.patch.multiple(server.store, steps=mock.Mock(side_effect=gone), last_id=mock.Mock(side_effect=gone),
+                                     event=mock.Mock(side_effect=gone)):
+                answer = self.call(server, path=path, Accept=accept)
+            self.assertEqual((answer.status, answer.headers["retry-after"]), (503, "1"))
+            self.assertEqual(self.call(server, path=path, Accept=accept).status, 200)
+
+    def test_a_page_that_takes_long_to_find_ends_early_and_goes_on_where_it_looked(self):
+        server = self.start()
+        self.fill(server, 20000)
+        with mock.patch.object(receiver, "PAGE_SECONDS", 0.0):
+            path, seen, pages = PATH + "?patient_id=PAT-3&event_type=scheduled&limit=1000", [], 0
+            while path:
+                answer = self.call(server, path=path)
+                self.assertEqual(answer.status, 200, answer.body)
+                seen += [one["id"] for one in answer.json["events"]]
+                path, pages = answer.json["next"], pages + 1
+        self.assertEqual(seen, [number for number in range(1, 20001) if number % 7 == 3])
+        self.assertGreater(pages, 3)
+
+    def test_a_stream_that_takes_too_long_is_broken_off_and_says_how_to_go_on(self):
+        server = self.start()
+        self.fill(server, 1200)
+        with mock.patch.object(receiver, "READ_SECONDS", 0.0):
+            data = self.exchange(server, head_bytes("Accept: text/csv", first=f"GET {PATH} HTTP/1.1"))
+        self.assertFalse(data.endswith(b"0\r\n\r\n"))
+        self.assertIn("go on with after=", self.log_text(server))
+
+    def test_what_other_hands_put_into_the_table_comes_out_as_json_all_the_same(self):
+        server = self.start()
+        odd = ("{\"a\": Infinity}", "{\"a\": NaN}", "", "{\"a\": 1", "not json", "\"\ud83d\"", "{\"a\":\n1}")
+        with contextlib.closing(sqlite3.connect(str(self.database), timeout=10)) as connection, connection:
+            for number, payload in enumerate(odd):
+                connection.execute("INSERT INTO appointment_events (event_type, appointment_id, patient_id, timestamp, notes, "
+                                   "received_at, payload) VALUES ('scheduled', ?, 9e999, 'x', x'ff00', '', CAST(? AS TEXT))",
+                                   (f"A{number}", payload.encode("utf-8", "surrogatepass")))
+        strict = {"parse_constant": self.fail}
+        page = json.loads(self.call(server).body, **strict)["events"]
+        lines = [json.loads(line, **strict) for line in self.call(server, Accept="application/x-ndjson").body.splitlines()]
+        self.assertEqual(page, lines)
+        self.assertEqual([one["payload"] for one in page][:5] + [page[6]["payload"]], [*odd[:5], {"a": 1}])
+        self.assertEqual(len(self.table(server)), len(odd) + 1)
+        self.assertEqual(self.call(server, path=PATH + "/1").json["payload"], odd[0])
+
+    def test_answers_are_sent_in_pieces_that_a_socket_takes(self):
+        server = self.start()
+        for number in range(15):
+            self.post(server, event(appointment_id=f"A{number}", notes="n" * 100000))
+        connection = self.connect(server)
+        connection.sendall(head_bytes("Connection: close", first=f"GET {PATH} HTTP/1.1"))
+        sizes = re.findall(rb"\r\n([0-9a-f]+)\r\n", read_all(connection))
+        self.assertGreater(len(sizes), 10)
+        self.assertLessEqual(max(int(size, 16) for size in sizes), receiver.PIECE)
 
     def test_an_http_1_0_reader_gets_a_stream_that_ends_with_the_connection(self):
         server = self.start()
@@ -2985,13 +3026,14 @@ class PageTest(HTTPTest):
     def test_a_stream_that_breaks_off_never_looks_whole(self):
         server = self.start()
         self.fill(server, 1200)
-        events = server.store.engine.events
+        steps = server.store.steps
 
-        def breaking(wanted, after, *rest):
-            if after:
-                raise receiver.StoreUnavailable("the disk is gone")
-            return events(wanted, after, *rest)
-        with mock.patch.object(server.store.engine, "events", breaking):
+        def breaking(*arguments):
+            for number, step in enumerate(steps(*arguments)):
+                if number == 3:
+                    raise receiver.StoreUnavailable("the disk is gone")
+                yield step
+        with mock.patch.object(server.store, "steps", breaking):
             data = self.exchange(server, head_bytes("Accept: application/x-ndjson", first=f"GET {PATH} HTTP/1.1"))
         self.assertEqual([200], statuses(data))
         self.assertFalse(data.endswith(b"0\r\n\r\n"))
@@ -3003,9 +3045,10 @@ class HealthTest(HTTPTest):
 
     def test_health_tells_of_each_part(self):
         server = self.start()
+        until(lambda: "free_bytes" in self.call(server, path="/health").json["checks"]["disk"], "the first check of the disk")
         answer = self.call(server, path="/health")
         self.assertEqual((200, "ok"), (answer.status, answer.json["status"]))
-        self.assertEqual({"database", "disk", "service"}, set(answer.json["checks"]))
+        self.assertEqual({"database", "disk", "log", "service"}, set(answer.json["checks"]))
         self.assertEqual({"ok"}, {check["status"] for check in answer.json["checks"].values()})
         self.assertGreater(answer.json["checks"]["disk"]["free_bytes"], 0)
         for path in ("/health/live", "/health/ready"):
@@ -3016,6 +3059,7 @@ class HealthTest(HTTPTest):
         server = self.start(busy_timeout=0.2)
         with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
+            until(lambda: self.call(server, path="/health").status == 503, "the trouble")
             answer = self.call(server, path="/health")
             self.assertEqual((503, "failing", "failing"),
                              (answer.status, answer.json["status"], answer.json["checks"]["database"]["status"]))
@@ -3030,6 +3074,7 @@ class HealthTest(HTTPTest):
         server = self.start()
         full = OSError(28, "No space left on device")
         with mock.patch.object(receiver.tempfile, "TemporaryFile", side_effect=full):
+            until(lambda: self.call(server, path="/health").status == 503, "the trouble")
             answer = self.call(server, path="/health")
         self.assertEqual((503, {"status": "failing", "message": "No space left on device"}),
                          (answer.status, answer.json["checks"]["disk"]))
@@ -3037,10 +3082,35 @@ class HealthTest(HTTPTest):
 
     def test_asking_all_the_time_does_not_wear_the_disk(self):
         server = self.start()
-        with mock.patch.object(server.store, "probe", return_value="") as probe:
+        with mock.patch.object(receiver.tempfile, "TemporaryFile", side_effect=OSError(28, "full")) as written:
             for _ in range(50):
                 self.call(server, path="/health")
-        self.assertIn(probe.call_count, range(1, 50))
+        self.assertIn(written.call_count, range(1, 10))
+
+    def test_it_answers_at_once_whatever_store_and_disk_do(self):
+        server, hangs = self.start(busy_timeout=30), threading.Event()
+        self.addCleanup(hangs.set)
+        self.assertEqual(self.call(server, path="/health").status, 200)
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other, \
+                mock.patch.object(receiver.tempfile, "TemporaryFile", side_effect=lambda **_: hangs.wait()), \
+                mock.patch.object(receiver, "CHECK_SECONDS", 0.0):
+            other.execute("BEGIN EXCLUSIVE")
+            began = time.monotonic()
+            answer = self.call(server, path="/health")
+            seconds = time.monotonic() - began
+            self.assertLess(seconds, 10, "a busy timeout of 30 s must not be waited for")
+            until(lambda: self.call(server, path="/health").json["checks"]["disk"]["status"] == "failing", "the hanging disk")
+            self.assertIn(answer.status, (200, 503))
+            hangs.set()
+            other.execute("ROLLBACK")
+        until(lambda: self.call(server, path="/health").status == 200, "health")
+
+    def test_a_log_that_cannot_be_written_is_red_in_health_and_events_are_still_taken(self):
+        server = self.start()
+        with mock.patch.object(server.log, "trouble", return_value="5 log lines were dropped: the queue was full"):
+            answer = self.call(server, path="/health")
+            self.assertEqual((answer.status, answer.json["checks"]["log"]["status"]), (503, "failing"))
+            self.assertEqual(self.call(server, path="/health/ready").status, 200)
 
     def test_the_contract_is_served_as_it_is_on_disk(self):
         answer = self.call(self.start(), path="/schema.json")

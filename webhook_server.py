@@ -2152,7 +2152,7 @@ def _keep_conflict(connection: sqlite3.Connection, stored_id: int, event: Appoin
 
 class Submission:
     """One event on its way to the disk. The store calls done(outcome) after the commit, on the writer's thread."""
-    __slots__ = ("event", "digest", "arrived")
+    __slots__ = ("event", "arrived")
 
     def done(self, outcome: Outcome) -> None:
         """Tell whoever waits. Must not block and must not raise."""
@@ -3076,7 +3076,7 @@ class Request(Submission):
     An endpoint that takes an event leaves it in `event`; it is answered by answer_to_event() once it is on disk.
     `payload` is what the log shows of a body whose event was refused.
     """
-    __slots__ = ("ruling", "body", "id", "received_at", "started", "address", "connection", "payload")
+    __slots__ = ("ruling", "body", "id", "received_at", "started", "address", "connection", "payload", "digest")
 
     def __init__(self, ruling: Ruling, body: bytes, ids: tuple, connection: Any) -> None:
         self.ruling, self.body, self.connection = ruling, body, connection
@@ -3085,6 +3085,11 @@ class Request(Submission):
         self.started = self.arrived = time.monotonic()
         self.event = self.digest = None
         self.payload = ""
+
+    @property
+    def lane(self) -> Any:
+        """Outcomes for one connection come in order."""
+        return self.connection
 
     def done(self, outcome: Outcome) -> None:
         """Have the connection answer: called by whoever committed the event."""
@@ -3259,6 +3264,8 @@ class Endpoints:
 
     def _health(self, checks: dict) -> Response:
         ends_at, found = time.monotonic() + HEALTH_SECONDS, {}
+        for check in checks.values():                   # all begin before the first is waited for
+            check(0.0)
         for name, check in checks.items():
             found[name] = check(max(0.0, ends_at - time.monotonic()))
         if all(one["status"] == "ok" for one in found.values()):
