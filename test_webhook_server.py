@@ -2616,10 +2616,8 @@ class RoutingTest(unittest.TestCase):
                 self.assertEqual(chosen, receiver.wanted_type(accept, receiver.MEDIA_TYPES))
 
     def test_the_date_is_that_of_the_rfc_in_every_second(self):
-        date = receiver.HTTPDate()
-        for second in (1, 951782400, 951782400 + 86399, 1736518995, 1736518995, 4102444799):
-            with mock.patch.object(receiver.time, "time", return_value=second + 0.999):
-                self.assertEqual(receiver.BaseHTTPRequestHandler.date_time_string(None, second), date.text())
+        for second in (1, 951782400, 951782400 + 86399, 1736518995, 4102444799):
+            self.assertEqual(receiver.http_date(second), receiver.BaseHTTPRequestHandler.date_time_string(None, second))
 
 
 class RulesTest(unittest.TestCase):
@@ -3123,7 +3121,7 @@ class PollerTest(HTTPTest):
 
     def test_it_leaves_large_bodies_to_their_own_threads(self):
         server = self.start()
-        for size, ordinary in ((receiver.ORDINARY_BODY, receiver.SENDS_AT_ONCE), (receiver.ORDINARY_BODY + 1, False)):
+        for size, ordinary in ((receiver.ORDINARY_BODY, True), (receiver.ORDINARY_BODY + 1, False)):
             head = server._endpoints.rules.ruling(head_bytes(f"Content-Length: {size}", first=f"POST {PATH} HTTP/1.1"))
             self.assertEqual(head.ordinary, ordinary)
         self.assertEqual(self.post(server, event(notes="n" * 100000)).status, 200)

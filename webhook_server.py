@@ -2973,18 +2973,9 @@ def encode(response: Response, head: Head, request_id: str, date: str, fields: d
     return data + response.body
 
 
-class HTTPDate:
-    """The Date header of the current second (RFC 9110 section 5.6.7), made once a second."""
-
-    def __init__(self) -> None:
-        self._made = (0, "")
-
-    def text(self) -> str:
-        """Such as Fri, 10 Jan 2025 14:23:15 GMT."""
-        now, made = int(time.time()), self._made
-        if made[0] != now:
-            made = self._made = (now, email.utils.formatdate(now, usegmt=True))
-        return made[1]
+def http_date(seconds: int) -> str:
+    """Seconds since 1970 as a Date header (RFC 9110 section 5.6.7)."""
+    return email.utils.formatdate(seconds, usegmt=True)
 
 
 class RequestIds:
@@ -3033,9 +3024,6 @@ MEDIA_TYPES = {"application/json": "application/json", "application/x-ndjson": "
 # Bytes of a body that is read and checked beside others. A larger one waits for its turn in its connection's own thread:
 # a megabyte takes 50 ms to check
 ORDINARY_BODY = 8192
-# How many threads may work on a large body or a read at once: with each more one everybody waits 5 ms longer for the
-# interpreter's lock
-HEAVY_AT_ONCE = 2
 PAGE_BYTES = 1024 * 1024        # size at which a page of JSON ends, whatever its limit
 PAGE_SECONDS = 2.0              # time after which it ends: `next` goes on where it looked last
 READ_SECONDS = 3600.0           # time that a stream may take
@@ -3103,9 +3091,11 @@ class Endpoints:
     def __init__(self, config: Config, store: Store, log: Log, checks: dict) -> None:
         self.rules: Rules = None
         self.store, self.log, self.checks = store, log, checks
-        self.ids, self.date = RequestIds(), HTTPDate()
+        self.ids, self._date = RequestIds(), PerSecond(http_date)
         self._identical_is_fine = config.duplicates == "ok"
-        self._heavy = threading.Semaphore(HEAVY_AT_ONCE)
+        # Held by the one thread that works on a large body or a read: each more would have everybody wait longer for the
+        # interpreter's lock (120 bodies of 1 MiB: a good sender's P99 was 550 ms, and is 100)
+        self.heavy = Turns()
         self._stored = self._stored_template()
 
     # -- taking events
@@ -3115,7 +3105,7 @@ class Endpoints:
         if len(request.body) <= ORDINARY_BODY:
             self._read_event(request)
             return
-        with self._heavy:                               # with the digest, so that the writer need not look into it
+        with self.heavy:                                # with the digest, so that the writer need not look into it
             self._read_event(request)
             request.digest = content_digest(request.event.payload)
 
@@ -3123,6 +3113,7 @@ class Endpoints:
         rules = self.rules
         try:
             value, text = parse_json(request.body)
+            request.body = b""                          # its text is in the event: a megabyte need not be kept twice
             request.event = rules.contract.event(value, text, request.received_at, request.address)
         except JSONError as error:
             request.payload = rules.redactor.unreadable(request.body)
@@ -3232,9 +3223,9 @@ class Endpoints:
                 raise StoreUnavailable(f"it took longer than {READ_SECONDS:g} seconds; go on with after=")
 
     def _in_turns(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The pieces, each made while only few others are; nobody's turn lasts until a reader has taken its piece."""
+        """The pieces, each made while no other is; nobody's turn lasts until a reader has taken its piece."""
         while True:
-            with self._heavy:
+            with self.heavy:
                 piece = next(pieces, None)
             if piece is None:
                 return
@@ -3288,16 +3279,20 @@ class Endpoints:
 
     # -- what every answer shares
 
+    def date(self) -> str:
+        """The Date header of now."""
+        return self._date.text(int(time.time()))
+
     def encoded(self, request: Request, response: Response, close: bool) -> bytes:
         """The bytes of an answer, without a body that is streamed."""
         ruling = request.ruling
-        return encode(response, ruling.head, request.id, self.date.text(), ruling.answer_fields, close)
+        return encode(response, ruling.head, request.id, self.date(), ruling.answer_fields, close)
 
     def stored(self, request: Request, event_id: int) -> bytes:
         """The bytes of the answer to an ordinary event that is stored. Hot path: a template (1 against 9 us)."""
         number = str(event_id)
         text, length = self._stored
-        return (text % (self.date.text(), length + len(number), request.id, request.id, number)).encode()
+        return (text % (self.date(), length + len(number), request.id, request.id, number)).encode()
 
     def _stored_template(self) -> tuple:
         """(answer to a stored event with holes for date, length, request id twice and event id; length without the id)."""
@@ -3548,7 +3543,7 @@ class Rules:
             raise Malformed(411, "Content-Length is missing")
         if head.get("content-encoding", "identity").lower() != "identity":
             raise Refusal(415, "The body must not be compressed", fields={"Accept-Encoding": "identity"})
-        ruling.ordinary = (SENDS_AT_ONCE and ruling.route.endpoint == "receive_event" and head.length is not None and
+        ruling.ordinary = (ruling.route.endpoint == "receive_event" and head.length is not None and
                            head.length <= ORDINARY_BODY and head.keep_alive and head.http11 and not ruling.answer_fields)
 
     def _check_site(self, ruling: Ruling) -> None:
@@ -3908,7 +3903,6 @@ class Connection(BaseHTTPRequestHandler):
         response = ruling.endpoint(request, *ruling.arguments)
         if response is not None:
             return response
-        request.body = b""                              # its text is in the event: a megabyte need not be kept twice
         request.arrived = time.monotonic()
         if direct:
             self.outbox.promised += 1
@@ -3972,6 +3966,17 @@ class Connection(BaseHTTPRequestHandler):
         except OSError:
             return b""
 
+    def _recv_in_turn(self) -> bytes:
+        """As _recv, for what may be much: a hundred threads that each get a piece now would all want the interpreter."""
+        if not SENDS_AT_ONCE:
+            return self._recv()
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        poll.poll()
+        with self.endpoints.heavy, contextlib.suppress(OSError):
+            return self.socket.recv(PIECE, socket.MSG_DONTWAIT)
+        return b""
+
     def _recv_waiting(self, seconds: float) -> bytes:
         """What has come already or comes within `seconds`, b"" when that is nothing."""
         with contextlib.suppress(OSError):
@@ -4029,7 +4034,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def _recv_body(self, have: int) -> bytes:
         """More of a body of which we have `have` bytes: a large one is counted as it comes."""
-        piece = self._recv()
+        piece = self._recv_in_turn()
         if not piece:
             raise self._ended("body", self.server.config.body_timeout)
         if have + len(piece) > ORDINARY_BODY:
@@ -4121,7 +4126,7 @@ class Connection(BaseHTTPRequestHandler):
             self.socket.shutdown(socket.SHUT_WR)
         size = 0
         while size < LINGER_BYTES and not self.timed_out:
-            piece = self._recv()
+            piece = self._recv_in_turn()
             if not piece:
                 return
             size += len(piece)
@@ -4301,7 +4306,7 @@ class Server(ThreadingHTTPServer):
         response = json_response({"error": REASONS[503], "message": reason, "request_id": request_id}, 503, fields=RETRY_AFTER)
         with contextlib.suppress(OSError):
             connection.setblocking(False)
-            connection.send(encode(response, head, request_id, endpoints.date.text(), {}, True))
+            connection.send(encode(response, head, request_id, endpoints.date(), {}, True))
             connection.shutdown(socket.SHUT_WR)
         self._tell_full(f"{reason}: refused one from {address} ({self._count} are open)")
         self._refused.append((time.monotonic() + 1, connection))
