@@ -15,21 +15,34 @@ while [ -h "$me" ]; do                  # a link to this file is as good as the 
 done
 here=$(CDPATH='' cd -- "$(dirname -- "$me")" && pwd)
 
-fits() {
-    "$1" -c 'import sys, sqlite3; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1 </dev/null
+# what keeps a Python from running it; nothing when it can
+trouble() {
+    command -v "$1" >/dev/null || { echo "is not here; install Python 3.9 or newer"; return; }
+    "$1" -c '
+import sys
+if sys.version_info < (3, 9):
+    print("is Python %d.%d; install 3.9 or newer" % sys.version_info[:2])
+else:
+    try:
+        import email.utils, http.server, sqlite3
+    except ImportError as error:
+        print("lacks %s of its standard library; install all of it (Debian, Ubuntu: apt install python3)" % error.name)
+' 2>/dev/null </dev/null || echo "is no Python that works; install 3.9 or newer"
 }
 
-if [ -z "${PYTHON:-}" ]; then
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9 python; do
-        if fits "$candidate"; then
-            PYTHON=$candidate
-            break
-        fi
+why= said=
+if [ -n "${PYTHON:-}" ]; then
+    why=$(trouble "$PYTHON")
+    said="$PYTHON $why"
+else
+    for PYTHON in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9 python; do
+        why=$(trouble "$PYTHON")
+        [ -n "$why" ] || break
+        said=${said:-$PYTHON $why}      # of several that do not do, the first tells most
     done
 fi
-if ! fits "${PYTHON:-python3}"; then
-    echo "run.sh: ${PYTHON:-no python3 here} is not Python 3.9 or newer with its sqlite3 module;" \
-        "try PYTHON=/path/to/python3 $0" >&2
+if [ -n "$why" ]; then
+    echo "run.sh: $said; PYTHON=/path/to/python3 $0 takes another" >&2
     exit 2
 fi
 

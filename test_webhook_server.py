@@ -6,10 +6,16 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import contextlib
 import dataclasses
+import errno
+import functools
+import gc
 import http.client
+import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -26,14 +32,16 @@ import tempfile
 import threading
 import time
 import unittest
-from pathlib import Path
+import weakref
+from pathlib import Path, PureWindowsPath
 from unittest import mock
 
 import webhook_server as receiver
 from webhook_server import (
-    AppointmentEvent, Config, EventReader, Filter, InvalidEvent, JSONError, Log, Outcome, Redactor, RequestIds,
-    RequestRecord, SQLite, Schema, SchemaError, SetupError, Store, StoreLocked, StoreUnavailable, Submission,
-    WebhookServer, canonical_json, canonical_timestamp, ecma_pattern, json_equal, parse_json)
+    AppointmentEvent, Config, Contract, Filter, InvalidEvent, JSONError, Log, Outcome, Redactor,
+    RequestIds, RequestRecord, SQLite, Schema, SchemaError, SetupError, Store, StoreLocked, StoreUnavailable,
+    Submission, WebhookServer, canonical_json, canonical_timestamp, content_digest, ecma_pattern, json_equal,
+    parse_json, read_pattern)
 
 try:
     import resource
@@ -197,13 +205,37 @@ def clean_environment():
 MEGABYTE = 1024 * 1024
 
 
-def in_threads(count, run):
-    """Call run(number) in `count` threads at once, and wait for all."""
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+def in_threads(count, work):
+    """Run work() in `count` threads at once, and wait for all."""
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def lists(engine, *arguments):
+    """The lists of events that the engine reads in steps."""
+    for events, _ in engine.steps(*arguments):
+        yield events
+
+
+def write(engine, events):
+    """Store events in one transaction: their outcomes."""
+    with engine.transaction() as session:
+        return session.insert(events)
+
+
+def probe(engine):
+    """Write something that changes nothing."""
+    with engine.transaction() as session:
+        session.touch()
+
+
+def read(engine, wanted, after, limit, up_to=None):
+    """The first `limit` events behind `after`."""
+    steps = lists(engine, wanted, after, up_to, limit)
+    return list(itertools.islice(itertools.chain.from_iterable(steps), limit))
 
 
 def rules(schema, value):
@@ -223,7 +255,8 @@ class ConfigTest(unittest.TestCase):
         self.assertEqual((config.port, config.host, config.max_body), (9002, "::1", MEGABYTE))
 
     def test_hosts_and_origins_that_could_never_match_are_refused(self):
-        for name, bad, good in (("allowed_host", ("http://desk.example", "desk.example:80", "a b"), ("desk.example", "[::1]")),
+        for name, bad, good in (("allowed_host", ("http://desk.example", "desk.example:80", "a b"),
+                                 ("desk.example", "[::1]")),
                                 ("allowed_origin", ("desk.example", "https://desk.example/", "null"),
                                  ("https://desk.example", "http://[::1]:8000"))):
             for value in bad:
@@ -248,6 +281,42 @@ class ConfigTest(unittest.TestCase):
 
     def test_an_empty_variable_counts_as_not_set(self):
         self.assertEqual(Config.read({}, {"WEBHOOK_PORT": ""}).port, 8000)
+        self.assertEqual(receiver.strange_variables({"WEBHOOK_PORT": "", "WEBHOOK_PROT": ""}), [])
+
+    def test_what_kubernetes_and_docker_set_for_a_service_called_webhook_is_no_setting(self):
+        links = {"WEBHOOK_PORT": "tcp://10.96.0.12:8000", "WEBHOOK_SERVICE_HOST": "10.96.0.12",
+                 "WEBHOOK_SERVICE_PORT": "8000", "WEBHOOK_SERVICE_PORT_HTTP": "8000",
+                 "WEBHOOK_PORT_8000_TCP": "tcp://10.96.0.12:8000", "WEBHOOK_PORT_8000_TCP_PROTO": "tcp",
+                 "WEBHOOK_PORT_8000_TCP_PORT": "8000", "WEBHOOK_PORT_8000_TCP_ADDR": "10.96.0.12",
+                 "WEBHOOK_PORT_53_UDP_ADDR": "10.96.0.12", "WEBHOOK_NAME": "/web/webhook",
+                 "WEBHOOK_ENV_LANG": "C",
+                 "WEBHOOK_LOG_PORT": "tcp://10.96.0.13:80", "WEBHOOK_LOG_SERVICE_HOST": "10.96.0.13"}
+        self.assertEqual(Config.read({}, links), Config())
+        self.assertEqual(Config.read({"port": "9000"}, links).port, 9000)
+        warning, = receiver.strange_variables(links)
+        for word in ("WEBHOOK_PORT=tcp://10.96.0.12:8000 is not taken", "Kubernetes", "--port"):
+            self.assertIn(word, warning)
+        self.assertEqual(receiver.strange_variables({"WEBHOOK_PORT": "9000"}), [])
+        self.assertEqual(Config.read({}, {"WEBHOOK_PORT": "9000"}).port, 9000)
+        for flags, environment in (({"port": "tcp://10.96.0.12:8000"}, {}),
+                                   ({}, {"WEBHOOK_PORT": "x-tcp://1:8000"})):
+            with self.subTest(flags=flags, environment=environment):
+                self.assertRaises(SetupError, Config.read, flags, environment)
+
+    def test_a_variable_that_is_misspelt_is_told_with_the_right_name_and_without_its_value(self):
+        for name, words in (("WEBHOOK_PROT", "did you mean WEBHOOK_PORT?"),
+                            ("WEBHOOK_DATABSE", "did you mean WEBHOOK_DATABASE?"),
+                            ("Webhook_Log_Level", "did you mean WEBHOOK_LOG_LEVEL?"),
+                            ("WEBHOOK_HOST_NAME", "did you mean WEBHOOK_HOST?"),
+                            ("WEBHOOK_COLOUR_OF_MOON", "--help")):
+            with self.subTest(name):
+                warning, = receiver.strange_variables({name: "secret"})
+                self.assertIn(name, warning)
+                self.assertIn(words, warning)
+                self.assertNotIn("secret", warning)
+        ours = {"WEBHOOK_" + field.name.upper(): "x" for field in dataclasses.fields(Config)}
+        self.assertEqual(receiver.strange_variables({**ours, "WEBHOOKS_PORT": "1", "PORT": "1", "PATH": "x"}),
+                         [])
 
     def test_a_wrong_value_is_refused_by_the_name_under_which_it_came(self):
         for flags, environment, name in (({"busy_timeout": "soon"}, {}, "--busy-timeout: "),
@@ -259,7 +328,8 @@ class ConfigTest(unittest.TestCase):
             Config(port=65536)
 
     def test_numbers_that_only_python_would_read_are_refused(self):
-        for value in ("+5", "1_0", " 5", "5 ", "-1", "0x10", "1e3", "٣", "8000.0", "", "9" * 400, True, None, [8000]):
+        for value in ("+5", "1_0", " 5", "5 ", "-1", "0x10", "1e3", "٣", "8000.0", "", "9" * 400, True, None,
+                      [8000]):
             with self.subTest(repr(value)[:20]), self.assertRaises(SetupError):
                 Config(port=value)
         self.assertEqual(Config(port="8080").port, 8080)
@@ -271,17 +341,28 @@ class ConfigTest(unittest.TestCase):
         for value in ("0.5", 0.5):
             self.assertEqual(Config(busy_timeout=value).busy_timeout, 0.5)
 
-    def test_a_choice_is_one_of_those_named_in_the_error(self):
-        with self.assertRaisesRegex(SetupError, "duplicates: must be one of conflict, ok"):
-            Config(duplicates="maybe")
-        self.assertEqual(Config(duplicates="ok").duplicates, "ok")
+    def test_a_choice_is_one_of_those_named_in_the_error_in_any_case(self):
+        for value in ("maybe", "", "o k", None, 5):
+            with self.subTest(value), self.assertRaisesRegex(SetupError,
+                                                             "duplicates: must be one of conflict, ok"):
+                Config(duplicates=value)
+        self.assertEqual(Config(duplicates="OK", log_level="info", log_payloads="None").duplicates, "ok")
+        self.assertEqual(Config.read({"log_level": "Warning"}, {}).log_level, "WARNING")
+
+    def test_an_address_of_ipv6_may_stand_in_brackets(self):
+        for value, host in (("[::1]", "::1"), ("::1", "::1"), ("[fe80::1%eth0]", "fe80::1%eth0"),
+                            ("localhost", "localhost"), ("[localhost]", "[localhost]")):
+            with self.subTest(value):
+                self.assertEqual(Config(host=value).host, host)
 
     def test_a_list_is_separated_by_commas_and_knows_no_case(self):
-        self.assertEqual(Config(allowed_host="A.example, b.example,").allowed_host, ("a.example", "b.example"))
+        self.assertEqual(Config(allowed_host="A.example, b.example,").allowed_host,
+                         ("a.example", "b.example"))
         self.assertEqual(Config(allowed_host=["A.example"]).allowed_host, ("a.example",))
 
     def test_a_path_may_be_an_object_but_never_empty_or_with_nul(self):
-        self.assertEqual(Config(database=Path("x.db")).database, "x.db")
+        for path in (Path("x.db"), PureWindowsPath(r"\\server\share\x.db")):
+            self.assertEqual(Config(database=path).database, str(path))
         for value in ("", "a\0b", 5, None):
             with self.subTest(repr(value)), self.assertRaises(SetupError):
                 Config(database=value)
@@ -289,6 +370,9 @@ class ConfigTest(unittest.TestCase):
     def test_settings_cannot_be_changed_afterwards(self):
         with self.assertRaises(dataclasses.FrozenInstanceError):
             Config().port = 1
+
+    def test_idle_connections_outlive_the_60_seconds_of_proxies(self):
+        self.assertGreater(Config().idle_timeout, 60)
 
 
 # =============================================================================
@@ -302,7 +386,8 @@ class JSONTest(unittest.TestCase):
         with self.assertRaises(JSONError) as caught:
             parse_json(body)
         error = caught.exception
-        self.assertEqual(str(error), f"Invalid JSON: {error.reason} at line {error.line} column {error.column}")
+        place = f"line {error.line} column {error.column}"
+        self.assertEqual(str(error), f"Invalid JSON: {error.reason} at {place}")
         return str(error)[len("Invalid JSON: "):]
 
     def test_json_is_read_with_its_text(self):
@@ -330,7 +415,8 @@ class JSONTest(unittest.TestCase):
                 (b'["a\\u0000"]', "U+0000 in a string at line 1 column 4"),
                 (b'{"a": 1,\n "a": 2}', "a member name that the object already has at line 2 column 2"),
                 (b'{"A": 1, "\\u0041": 2}', "a member name that the object already has at line 1 column 10"),
-                (b'{"a": {"b": 1, "c": [], "b": 1}}', "a member name that the object already has at line 1 column 25"),
+                (b'{"a": {"b": 1, "c": [], "b": 1}}',
+                 "a member name that the object already has at line 1 column 25"),
                 (b"[1e999]", "a number out of range at line 1 column 2"),
                 (b"[-1E+999x]", "a number out of range at line 1 column 2")):
             with self.subTest(body):
@@ -348,7 +434,8 @@ class JSONTest(unittest.TestCase):
         for body, said in ((b"", "the text is empty, expected a JSON value at line 1 column 1"),
                            (b" \n ", "the text is empty, expected a JSON value at line 2 column 2"),
                            (b"appointment", "expecting a value at line 1 column 1"),
-                           (b"{'a': 1}", "expecting property name enclosed in double quotes at line 1 column 2"),
+                           (b"{'a': 1}",
+                            "expecting property name enclosed in double quotes at line 1 column 2"),
                            (b'{"a" 1}', "expecting ':' delimiter at line 1 column 6"),
                            (b'{"a": 1', "expecting ',' delimiter at line 1 column 8"),
                            (b'{"a":\n tru}', "expecting a value at line 2 column 2"),
@@ -360,20 +447,23 @@ class JSONTest(unittest.TestCase):
             with self.subTest(body):
                 self.assertEqual(self.refusal(body), said)
         for body in (b"01", b"1.", b".5", b"+1", b"1e", b"--1", b"0x1", b"[1,]", b'{"a":1,}', b"[,]", b"True",
-                     b'"\\x41"', b'"\\u12"', b"/**/1", b"'a'", b"\xc2\xa01", b"1\x0b", b'"\t"', "١".encode(), b"nul",
+                     b'"\\x41"', b'"\\u12"', b"/**/1", b"'a'", b"\xc2\xa01", b"1\x0b", b'"\t"', "١".encode(),
+                     b"nul",
                      b"]", b"[}", b"{]"):
             with self.subTest(body):
                 self.assertRegex(self.refusal(body), r" at line \d+ column \d+$")
 
     def test_a_refusal_never_repeats_the_text(self):
-        for body in (b'{"secret": 1, "secret": 2}', b'["secret\\u0000"]', b'{"secret" 1}', b"secret", b'["secret',
+        for body in (b'{"secret": 1, "secret": 2}', b'["secret\\u0000"]', b'{"secret" 1}', b"secret",
+                     b'["secret',
                      b'"\\secret"'):
             with self.subTest(body):
                 self.assertNotIn("secret", self.refusal(body))
 
     def test_64_levels_are_read_and_one_more_is_refused(self):
         self.assertEqual(parse_json(b"[" * 64 + b"]" * 64)[1], "[" * 64 + "]" * 64)
-        self.assertEqual(self.refusal(b"[" * 65 + b"]" * 65), "nested deeper than 64 levels at line 1 column 65")
+        self.assertEqual(self.refusal(b"[" * 65 + b"]" * 65),
+                         "nested deeper than 64 levels at line 1 column 65")
 
     def test_brackets_side_by_side_or_in_a_string_are_no_depth(self):
         for text in ("[" + "{}," * 1000 + "[]]", json.dumps("[" * 1000), json.dumps('"[' * 1000),
@@ -382,7 +472,8 @@ class JSONTest(unittest.TestCase):
                 self.assertEqual(parse_json(text.encode())[0], json.loads(text))
 
     def test_a_bomb_of_a_million_brackets_is_refused(self):
-        for bomb in (b"[" * 1000000, b'{"a":' * 200000, b"{" * 1000000, b'{"\\u0000' + b"[" * 1000000, b"[\n" * 500000):
+        for bomb in (b"[" * 1000000, b'{"a":' * 200000, b"{" * 1000000, b'{"\\u0000' + b"[" * 1000000,
+                     b"[\n" * 500000):
             with self.subTest(bomb[:9]):
                 self.assertRegex(self.refusal(bomb), "nested deeper than 64 levels|U.0000 in a string")
 
@@ -401,9 +492,12 @@ class JSONTest(unittest.TestCase):
         for name, body, taken in (("backslashes", filled(b'["\\u0000', b"\\", b""), False),
                                   ("escaped quotes", filled(b'{"\\ud800', b'\\"', b""), False),
                                   ("names and no values", filled(b"{", b'"a":', b""), False),
-                                  ("objects with a name", filled(b"[", b'{"a":1},', b'"\\ud83d\\ude00"]'), True),
-                                  ("spaces after each string", filled(b'["\\ud83d\\ude00"', b',""' + b" " * 50, b"]"),
-                                   True), ("one name twice, far apart", b'{"z":1,' + names + b',"z":1}', False),
+                                  ("objects with a name", b"[" + b'{"a":1},' * 9990 + b'"\\ud83d\\ude00"]',
+                                   True),
+                                  ("spaces after each string",
+                                   filled(b'["\\ud83d\\ude00"', b',""' + b" " * 50, b"]"),
+                                   True), ("one name twice, far apart", b'{"z":1,' + names + b',"z":1}',
+                                           False),
                                   ("as many names as go in", b"{" + names + b"}", True),
                                   ("surrogate pairs", filled(b'"', b"\\ud83d\\ude00", b'"'), True)):
             with self.subTest(name):
@@ -414,17 +508,20 @@ class JSONTest(unittest.TestCase):
 
     def test_random_bytes_are_read_as_json_does_or_refused_as_json(self):
         chance = random.Random(8259)
-        pieces = [b"{", b"}", b"[", b"]", b",", b":", b'"', b'"a"', b'"b":', b"1", b"-", b"1e5", b"true", b"null", b" ",
-                  b"\n", b"\\", b"\\u0041", b"\\u0000", b"\\ud83d", b"NaN", b"1e999", b"\0", b"\xff", b"\xef\xbb\xbf",
+        pieces = [b"{", b"}", b"[", b"]", b",", b":", b'"', b'"a"', b'"b":', b"1", b"-", b"1e5", b"true",
+                  b"null", b" ",
+                  b"\n", b"\\", b"\\u0041", b"\\u0000", b"\\ud83d", b"NaN", b"1e999", b"\0", b"\xff",
+                  b"\xef\xbb\xbf",
                   "é".encode(), b"9" * 101]
         taken = 0
         for _ in range(5000):
             body = b"".join(chance.choice(pieces) for _ in range(chance.randint(1, 7)))
             with contextlib.suppress(JSONError):
                 value = parse_json(body)[0]
-                self.assertEqual(json.loads(body.decode(), object_pairs_hook=self.without_twins), value)
+                self.assertEqual(value, json.loads(body.decode(), object_pairs_hook=self.without_twins))
                 text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-                self.assertNotIn("\\u0000", text.encode().decode(), body)     # encode() refuses half surrogate pairs
+                self.assertNotIn("\\u0000", text.encode().decode(),
+                                 body)     # encode() refuses half surrogate pairs
                 taken += 1
         self.assertGreater(taken, 100)
 
@@ -440,8 +537,10 @@ class JSONTest(unittest.TestCase):
 class TimestampTest(unittest.TestCase):
 
     def test_spellings_of_one_instant_have_one_canonical_form(self):
-        for text in ("2025-01-10T14:00:00Z", "2025-01-10t14:00:00z", "2025-01-10 14:00:00", "2025-01-10T14:00",
-                     "2025-01-10T14", "2025-01-10T14:00:00.000Z", "2025-01-10T14:00:00,0Z", "2025-01-10T14:00:00+00:00",
+        for text in ("2025-01-10T14:00:00Z", "2025-01-10t14:00:00z", "2025-01-10 14:00:00",
+                     "2025-01-10T14:00",
+                     "2025-01-10T14", "2025-01-10T14:00:00.000Z", "2025-01-10T14:00:00,0Z",
+                     "2025-01-10T14:00:00+00:00",
                      "2025-01-10T14:00:00-00:00", "2025-01-10T16:00:00+02:00", "2025-01-10T16:00:00+02",
                      "2025-01-10T16:00:00+0200", "2025-01-10T09:30:00-04:30", "20250110T140000Z",
                      "2025-W02-5T14:00:00Z", "2025W025T1400", "2025-010T14:00:00Z", "2025010T14Z",
@@ -455,9 +554,11 @@ class TimestampTest(unittest.TestCase):
             self.assertEqual(canonical_timestamp(text), text)
 
     def test_up_to_9_fraction_digits_count_and_trailing_zeros_do_not(self):
-        for fraction, expected in ((".25", ".25"), (".250000000", ".25"), (".000000001", ".000000001"), (",5", ".5"),
+        for fraction, expected in ((".25", ".25"), (".250000000", ".25"), (".000000001", ".000000001"),
+                                   (",5", ".5"),
                                    (".0", "")):
-            self.assertEqual(canonical_timestamp(f"2025-01-10T14:00:00{fraction}Z"), f"2025-01-10T14:00:00{expected}Z")
+            self.assertEqual(canonical_timestamp(f"2025-01-10T14:00:00{fraction}Z"),
+                             f"2025-01-10T14:00:00{expected}Z")
         self.assertRaises(ValueError, canonical_timestamp, "2025-01-10T14:00:00.1234567890Z")
 
     def test_24_o_clock_is_the_next_day(self):
@@ -469,13 +570,17 @@ class TimestampTest(unittest.TestCase):
         self.assertRaises(ValueError, canonical_timestamp, "2016-12-31T23:59:60+01:00")
 
     def test_what_is_no_date_time_is_refused(self):
-        for text in ("", "2025-01-10", "14:00:00", "2025-02-29T00:00Z", "2025-13-01T00:00", "2025-00-10T00:00",
-                     "2025-01-32T00:00", "2025-366T00:00", "2025-000T00:00", "2025-W53-1T00:00", "2025-W00-1T00:00",
+        for text in ("", "2025-01-10", "14:00:00", "2025-02-29T00:00Z", "2025-13-01T00:00",
+                     "2025-00-10T00:00",
+                     "2025-01-32T00:00", "2025-366T00:00", "2025-000T00:00", "2025-W53-1T00:00",
+                     "2025-W00-1T00:00",
                      "2025-W02-8T00:00", "2025-01-10T25:00", "2025-01-10T14:60", "2025-01-10T14:00:61",
-                     "2025-01-10T14:00+24:00", "2025-01-10T14:00+01:60", "2025-01-10T14:00 Z", "2025-01-10T14:00:00.Z",
+                     "2025-01-10T14:00+24:00", "2025-01-10T14:00+01:60", "2025-01-10T14:00 Z",
+                     "2025-01-10T14:00:00.Z",
                      "2025-1-10T14:00", "25-01-10T14:00", "2025-01-10T14:00:00Z\n", " 2025-01-10T14:00:00Z",
                      "２025-01-10T14:00:00Z", "2025-01-10T1٤:00:00Z", "2025-01-10X14:00", "0000-01-01T00:00",
-                     "1736517600", "now", "0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01", "9999-12-31T24:00",
+                     "1736517600", "now", "0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01",
+                     "9999-12-31T24:00",
                      "0000-W01-1T00", "9999-W53-1T00"):
             with self.subTest(text), self.assertRaises(ValueError):
                 canonical_timestamp(text)
@@ -489,12 +594,14 @@ class FormatTest(unittest.TestCase):
                  ["2025-01-10", "tomorrow", "2025-02-30T00:00:00Z"]),
                 ("date-time", ["2025-01-10T14:00:00Z", "2025-01-10t14:00:00.1234567890123+02:00",
                                "1998-12-31T15:59:60.1-08:00"],
-                 ["2025-01-10T14:00:00", "2025-01-10 14:00:00Z", "2025-02-30T00:00:00Z", "2025-01-10T24:00:00Z",
+                 ["2025-01-10T14:00:00", "2025-01-10 14:00:00Z", "2025-02-30T00:00:00Z",
+                  "2025-01-10T24:00:00Z",
                   "2025-01-10T14:00Z"]),
                 ("date", ["2024-02-29"], ["2025-02-29", "2025-1-10", "20250110", "2025-01-10T00:00:00Z", ""]),
                 ("time", ["14:00:00Z", "23:59:60Z", "14:00:00.5-05:00"],
                  ["14:00:00", "24:00:00Z", "14:00Z", "22:59:60Z"]),
-                ("duration", ["PT30M", "P1Y2M3DT4H5M6S", "P4W"], ["P", "PT", "P1", "1D", "P1Y1W", "P1D2M", "PT1D",
+                ("duration", ["PT30M", "P1Y2M3DT4H5M6S", "P4W"],
+                 ["P", "PT", "P1", "1D", "P1Y1W", "P1D2M", "PT1D",
                                                                   "P1Y2D"]),
                 ("email", ["joe@example.com", '"joe b"@example.com', "a@[127.0.0.1]", "a@[IPv6:::1]"],
                  ["joe", "@x", "joe@", ".a@x.org", "a..b@x.org", "a b@x.org", "a@x@y", "a@[300.0.0.1]",
@@ -502,13 +609,19 @@ class FormatTest(unittest.TestCase):
                 ("uuid", ["2eb8aa08-aa98-11ea-b4aa-73b441d16380"],
                  ["2eb8aa08aa9811eab4aa73b441d16380", "2eb8aa08-aa98-11ea-b4aa-73b441d1638g"]),
                 ("uri", ["http://a.example:80/b?c=%20#d", "urn:isbn:1", "mailto:a@b.c", "http://[::1]/"],
-                 ["/a", "a b:c", "http://a b", "http://%zz", "http://[::1", "http://[1:2]/", "a:b\\c", "1a:b", ":b"]),
+                 ["/a", "a b:c", "http://a b", "http://%zz", "http://[::1", "http://[1:2]/", "a:b\\c", "1a:b",
+                  ":b"]),
                 ("ipv4", ["127.0.0.1"], ["256.0.0.1", "127.0.0", "127.0.0.01", "127.0.0.1.", "1२7.0.0.1"]),
                 ("ipv6", ["::1", "::ffff:1.2.3.4"], [":::1", "1::2::3", "12345::", "::1%eth0", "1.2.3.4"]),
-                ("hostname", ["a.example", "xn--4gbwdl.xn--wgbh1c"], ["-a.example", "a_b", "a..b", "a" * 64, ".a", "",
+                ("hostname", ["a.example", "xn--4gbwdl.xn--wgbh1c"],
+                 ["-a.example", "a_b", "a..b", "a" * 64, ".a", "",
                                                                       "a.b."]),
                 ("json-pointer", ["", "/a~0b~1c/0", "/"], ["a", "/~", "/~2", "#/a"]),
-                ("regex", ["^[a-z]+$", "\\p{L}{2}"], ["(", "\\a", "a**", "x" * 1001])):
+                ("regex", ["^[a-z]+$", "\\p{L}{2}", "[\\p{Script=Greek}]", "(?<=a+)b", "[a-b-c]", "a{99999}",
+                           "\\2()()"],
+                 ["(", ")", "\\a", "a**", "(?=a)*", "[b-a]", "[\\d-x]", "a{2,1}", "\\1", "\\k<a>", "\\p",
+                  "\\p{}",
+                  "x" * 1001])):
             for text in good:
                 with self.subTest(format=name, good=text):
                     self.assertEqual(rules({"format": name}, text), [])
@@ -521,26 +634,47 @@ class FormatTest(unittest.TestCase):
         self.assertEqual(rules({"format": "zip-code"}, "x"), [])
 
     def test_a_megabyte_made_to_be_slow_is_just_refused(self):
-        for name, start, piece, end in (("email", "", "a.", ""), ("email", '"', "\\a", ""), ("uri", "a://", "%41", "<"),
+        for name, start, piece, end in (("email", "", "a.", ""), ("email", '"', "\\a", ""),
+                                        ("uri", "a://", "%41", "<"),
                                         ("uri", "a:/", "/", "<"), ("hostname", "", "a-", ""),
                                         ("duration", "P", "1", ""), ("json-pointer", "", "/", "~"),
                                         ("iso8601", "2025-01-10T14:00:00.", "1", "Z"), ("ipv6", "", ":", ""),
+                                        ("date-time", "2025-01-10T14:00:00.", "1", ""), ("date", "", "1", ""),
+                                        ("time", "14:00:00.", "1", ""), ("uuid", "", "a", ""),
+                                        ("ipv4", "", "1.", ""),
                                         ("regex", "", "\\p{L}", "")):
             with self.subTest(name + " " + start + piece):
-                self.assertEqual(rules({"format": name}, start + piece * (MEGABYTE // len(piece)) + end), ["format"])
+                began = time.thread_time()
+                self.assertEqual(rules({"format": name}, start + piece * (MEGABYTE // len(piece)) + end),
+                                 ["format"])
+                self.assertLess(time.thread_time() - began, 1)
+
+    def test_a_regular_expression_out_of_a_payload_costs_no_more_than_its_length(self):
+        """It is read and not compiled: Python's own compiler takes seconds for some of these."""
+        for piece in ("(", "()", "(a{9})", "(" * 49 + "a{9}" + "){9}" * 49, "[\\s\\S]", "\\S",
+                      "[\u0100\u0200\u0300]",
+                      "\\p{L}", "\\", "a{1,99}", "{", "\\u{0", "(?<a>", "\\k<a>", "\\1", "(?=", "|", "[",
+                      "[^", "[a-",
+                      "\\p{", "\\p{a="):
+            with self.subTest(piece[:10]):
+                began = time.thread_time()
+                for start in ("", "(?<a>)"):
+                    rules({"format": "regex"}, (start + piece * 1000)[:1000])
+                self.assertLess(time.thread_time() - began, 0.1)
 
 
 class PatternTest(unittest.TestCase):
     """Regular expressions mean what ECMA-262 says, also where Python's would mean something else."""
 
     def test_a_pattern_matches_what_ecma_262_matches(self):
-        for pattern, good, bad in (("^a$", ["a"], ["a\n", "ba"]), ("a", ["bab"], ["b"]), ("^\\d$", ["5"], ["٥"]),
+        for pattern, good, bad in (("^a$", ["a"], ["a\n", "ba"]), ("a", ["bab"], ["b"]),
+                                   ("^\\d$", ["5"], ["٥"]),
                                    ("^\\w$", ["a"], ["é"]), ("^\\D$", ["٥"], ["5"]), ("^\\W$", ["é"], ["a"]),
                                    ("^\\s$", [" ", "\u00a0", "\ufeff"], ["\x1c", "\x85"]),
-                                   ("^\\S$", ["\x1c", "\x85"], ["\u2028", "\ufeff"]), ("^[^\\S]$", [" "], ["a"]),
-                                   ("^.$", ["😀", "\x85"], ["\u2028", "\r"]), ("^\\p{L}+$", ["Zoë", "ж"], ["5"]),
-                                   ("^\\P{L}$", ["5"], ["ж"]), ("^[\\p{Lu}\\d]+$", ["É5"], ["é"]),
-                                   ("^\\p{Letter}$", ["a"], ["1"]), ("^\\p{gc=Nd}$", ["٥"], ["a"]),
+                                   ("^\\S$", ["\x1c", "\x85"], ["\u2028", "\ufeff"]),
+                                   ("^[^\\S]$", [" "], ["a"]),
+                                   ("^.$", ["😀", "\x85"], ["\u2028", "\r"]), ("^[a-b-c]$", ["-", "c"], ["d"]),
+                                   ("^(?<$a>a)\\k<$a>$", ["aa"], ["a"]), ("^[-a]$", ["-"], ["b"]),
                                    ("^(?<y>a)\\k<y>$", ["aa"], ["a"]), ("^(a|b)\\1$", ["bb"], ["ab"]),
                                    ("^\\u{1F600}$", ["😀"], ["u"]), ("^\\ud83d\\ude00$", ["😀"], ["a"]),
                                    ("^\\cJ\\x41\\u0042\\0$", ["\nAB\0"], ["JAB0"]), ("^[]$", [], ["", "]"]),
@@ -555,21 +689,132 @@ class PatternTest(unittest.TestCase):
                 self.assertEqual([text for text in bad if search(text)], [])
 
     def test_what_ecma_262_does_not_know_is_refused(self):
-        for pattern in ("\\a", "\\A", "\\Z", "(?P<n>a)", "(?i)a", "(?i:a)", "(?#c)", "(?>a)", "a*+", "a**", "(", ")",
-                        "[", "[z-a]", "*", "\\p{Greek}", "\\p{Lx}", "\\p", "\\u{110000}", "\\", "(?<a>b)(?<a>c)",
-                        "(" * 5000 + ")" * 5000, "\\2", "a{99999999999999}", "[\\B]"):
+        for pattern in ("\\a", "\\A", "\\Z", "(?P<n>a)", "(?i)a", "(?i:a)", "(?#c)", "(?>a)", "a*+", "a**",
+                        "(", ")",
+                        "[", "[z-a]", "*", "\\p", "\\u{110000}", "\\", "(?<a>b)(?<a>c)",
+                        "(" * 5000 + ")" * 5000, "\\2",
+                        "a{99999999999999}", "[\\B]", "[\\k<a>]", "^*", "a|*"):
             with self.subTest(pattern[:20]), self.assertRaises(ValueError):
                 ecma_pattern(pattern)
 
-    def test_a_property_that_is_not_supported_says_which_are(self):
-        with self.assertRaisesRegex(ValueError,
-                                    r"\\p\{Script=Greek\} is not supported, only general categories such as \\p\{L\}"):
-            ecma_pattern("\\p{Script=Greek}")
+    def test_a_unicode_property_is_not_supported_and_the_error_says_what_to_write(self):
+        for pattern in ("\\p{L}", "^[\\p{Lu}\\d]+$", "\\P{Script=Greek}"):
+            with self.subTest(pattern), self.assertRaisesRegex(ValueError,
+                                                               r"\\[pP]\{.*\} is not supported: write the"):
+                ecma_pattern(pattern)
+        with self.assertRaisesRegex(SchemaError, r"^at /properties/name/pattern: \\p\{L\} is not supported"):
+            Schema({"properties": {"name": {"pattern": "^\\p{L}+$"}}})
 
-    def test_a_pattern_that_would_fill_the_memory_is_refused(self):
-        with self.assertRaisesRegex(ValueError, "too long"):
-            ecma_pattern("\\p{L}" * 200)
-        self.assertTrue(ecma_pattern("^" + "\\p{L}" * 20).search("ж" * 20))
+    def test_a_pattern_of_catastrophic_form_is_bounded_and_what_to_write_instead_is_not(self):
+        for form, instead in (("^(a+)+$", "^a+$"), ("^(a|a)*$", "^a*$"), ("^(a*)*$", "^a*$"),
+                              ("^(a|aa)+$", "^a+$"),
+                              ("^(\\w+\\s?)*$", "^\\w+(\\s\\w+)*$"), ("^([a-z]+-?)+$", "^[a-z]+(-[a-z]+)*$"),
+                              ("\\d+\\d+\\d+$", "^\\d{3,}$"), (".*.*.*x", "x"), ("[a-z]+@", "^[a-z]+@"),
+                              ("\\s+$", "\\s$"),
+                              ("^\\S+@\\S+$", "^[^@\\s]+@[^@\\s]+$"), ("^.*foo.*$", "foo"),
+                              ("^(a?){50}a{50}$", "^a{50,100}$"),
+                              ("^" + "a?" * 30 + "a" * 30, "^a{30,60}"),
+                              ("^(a{1,30}){1,30}$", "^a{1,900}$"), ("^(?:(a*)?b)*c", "^(?:a*b)*c"),
+                              ("^(a+)x?\\1$", "^(a+)x\\1$"), ("foo[a-z]+$", "foo[a-z]+"),
+                              ("^(.*a){12}$", "^([^a]*a){12}$"),
+                              ("^([ab]+.*c+)?", "^([ab]+c+)?"), ("[ab]+.*c+|a*", "^([ab]+c+|a*)"),
+                              ("\\d{1,200}x", "^\\d{1,200}x"), ("^a+(b+b+c)?", "^a+(b+c)?"),
+                              ("^((b.*?b{2})a|b)+", "^((b+)a|b)"),
+                              ("^(\\w+ ?){1,3}$", "^\\w+( \\w+){0,2}$")):
+            with self.subTest(form):
+                self.assertLess(read_pattern(form).longest, 30000)
+                self.assertEqual(read_pattern(instead).advice, "", instead)
+
+    def test_ordinary_patterns_are_never_bounded(self):
+        for pattern in ("^PAT-\\d+$", "^A-\\d{4}(-[A-Z])?$", "^(\\d{1,3}\\.){3}\\d{1,3}$", "\\d{4}-\\d{2}",
+                        "^\\s*\\S+\\s*$",
+                        "^(\\d{4}|\\d{6})(,(\\d{4}|\\d{6}))*$", "^([a-z]+-)*[a-z]+$",
+                        "^(?=.*\\d)(?=.*[a-z]).+$",
+                        "^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\\.)+[a-z]{2,}$", "^\\+?[0-9 ]{7,15}$",
+                        "@example\\.com$",
+                        "^[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}$", "^-?\\d+(\\.\\d+)?([eE][+-]?\\d+)?$",
+                        "^.{1,255}$",
+                        "^(foo|bar|baz)(,(foo|bar|baz))*$", "^[A-Z][a-z]+( [A-Z][a-z]+)*$",
+                        "^([^,]*,){5}[^,]*$",
+                        "^https?://", "x-.*", "[a-z]+", "^.*foo", "^(a|b)*$", "^([\"'])[a-z]*\\1$", "", "^$",
+                        "^(" + "|".join(f"w{number}x" for number in range(100)) + ")$"):
+            with self.subTest(pattern):
+                self.assertEqual(read_pattern(pattern)[1:], (float("inf"), ""))
+
+    def test_no_match_on_a_text_that_is_not_too_long_holds_the_interpreter(self):
+        for form, piece in (("^(a+)+$", "a"), ("^(a|a|a)*$", "a"), ("^((a+)+)+$", "a"), ("(a+)+$", "a"),
+                            ("^(.*a){12}$", "a"),
+                            ("\\d+\\d+\\d+$", "1"), ("^(\\w+\\s?)*$", "a"), ("^\\S+@\\S+\\.\\S+$", "@."),
+                            ("[a-z]+@", "a"),
+                            ("^(a|b)+(a|b)+(a|b)+$", "ab"), ("^.*foo.*$", "foo"), ("^(a?){50}a{50}$", "a"),
+                            ("\\d{1,200}x", "1"), ("^(a|b|ab)*c", "ab"), ("^(a+)x?\\1$", "a"),
+                            ("(x+x+)+y", "x")):
+            pattern = read_pattern(form)
+            end = "\n" if "." in form else "!"
+            text = (piece * int(pattern.longest))[:int(pattern.longest) - 1] + end
+            with self.subTest(form, longest=pattern.longest):
+                began = time.thread_time()
+                self.assertIsNone(pattern.search(text))
+                self.assertLess(time.thread_time() - began, 0.4)           # 0.1 where nobody else computes
+
+    def test_random_patterns_take_their_time_neither_bounded_nor_unbounded(self):
+        chance = random.Random(1991)
+        bounded = free = 0
+        for _ in range(150):
+            source = random_pattern(chance)
+            pattern = read_pattern(source)
+            length = int(min(pattern.longest, 10000))
+            for end in ("", "!", "b!"):
+                piece = "".join(chance.choice("aabc") for _ in range(chance.randint(1, 3)))
+                began = time.thread_time()
+                pattern.search((piece * length)[:max(length - len(end), 0)] + end)
+                self.assertLess(time.thread_time() - began, 1.5, (source, pattern, piece, end))
+            bounded += bool(pattern.advice)
+            free += not pattern.advice
+        self.assertGreater(min(bounded, free), 25)
+
+    def test_a_long_text_for_a_dangerous_pattern_is_refused_and_says_so(self):
+        schema = Schema({"properties": {"name": {"pattern": "^(a+)+$"}}})
+        longest = read_pattern("^(a+)+$").longest
+        self.assertEqual(schema.errors({"name": "a" * longest}), [])
+        self.assertEqual(schema.errors({"name": "a" * (longest - 1) + "b"}), [
+            ("/name", "pattern", "Field 'name' must match the pattern ^(a+)+$")])
+        self.assertEqual(schema.errors({"name": "a" * (longest + 1)}), [
+            ("/name", "pattern",
+             f"Field 'name' is longer than the {longest} characters on which the schema's pattern is tried")])
+        note, = schema.notes
+        self.assertRegex(note, r"^the pattern at /properties/name/pattern may take for ever, so that texts "
+                               rf"of more than {longest} characters are refused untried: .*; write each repeat once")
+
+    def test_what_is_too_long_to_judge_is_refused_whatever_is_made_of_it(self):
+        dangerous, long = {"pattern": "^(a+)+$"}, "a" * 1000 + "b"
+        for schema in ({"not": dangerous}, {"if": dangerous, "else": True}, {"anyOf": [dangerous, True]},
+                       {"oneOf": [dangerous, True]}, {"contains": dangerous, "minContains": 0}):
+            value = [long] if "contains" in schema else long
+            with self.subTest(schema):
+                self.assertEqual([problem.rule for problem in Schema(schema).errors(value)], ["pattern"])
+        for schema in ({"patternProperties": {"^(a+)+$": True}}, {"propertyNames": dangerous},
+                       {"patternProperties": {"^(a+)+$": True}, "additionalProperties": False}):
+            with self.subTest(schema):
+                self.assertEqual(len(Schema(schema).notes), 1)
+                self.assertEqual(Schema(schema).errors({"a": 1}), [])
+                self.assertEqual(len(Schema(schema).errors({long: 1})), 1)
+
+
+def random_pattern(chance, depth=0):
+    """A regular expression of letters, groups and repeats, half of them anchored."""
+    branches = []
+    for _ in range(chance.choice([1, 1, 1, 2])):
+        branch = ""
+        for _ in range(chance.randint(1, 3)):
+            if depth < 2 and chance.random() < 0.3:
+                branch += f"({random_pattern(chance, depth + 1)})"
+            else:
+                branch += chance.choice(["a", "b", "c", ".", "[ab]"])
+            branch += chance.choice(["", "", "", "*", "+", "?", "{2}", "{1,3}", "{0,9}", "*?"])
+        branches.append(branch)
+    whole = "|".join(branches)
+    return whole if depth else chance.choice(["^(?:%s)$", "^(?:%s)x", "%sx", "%s$"]) % whole
 
 
 class SchemaTest(unittest.TestCase):
@@ -585,15 +830,18 @@ class SchemaTest(unittest.TestCase):
                  ("/b", "dependentRequired", "Missing required field: b (as there is a)")),
                 ({"properties": {"a": {"type": ["string", "null"]}}}, {"a": 5},
                  ("/a", "type", "Field 'a' must be of type string or null")),
-                ({"items": {"enum": ["x", 1]}}, ["x", "y"], ("/1", "enum", "Field '[1]' must be one of: x, 1")),
+                ({"items": {"enum": ["x", 1]}}, ["x", "y"], ("/1", "enum",
+                                                             "Field '[1]' must be one of: x, 1")),
                 ({"const": None}, 1, ("", "const", "The payload must be null")),
                 ({"minLength": 1}, "", ("", "minLength", "The payload must not be empty")),
                 ({"maxLength": 2}, "abc", ("", "maxLength", "The payload must have at most 2 characters")),
                 ({"minimum": 2}, 1, ("", "minimum", "The payload must be at least 2")),
                 ({"multipleOf": 0.1}, 0.25, ("", "multipleOf", "The payload must be a multiple of 0.1")),
                 ({"pattern": "^A"}, "b", ("", "pattern", "The payload must match the pattern ^A")),
-                ({"format": "date"}, "b", ("", "format", "The payload must be a date, for example 2025-01-10")),
-                ({"uniqueItems": True}, [1, 1.0], ("", "uniqueItems", "The payload must not contain an item twice")),
+                ({"format": "date"}, "b",
+                 ("", "format", "The payload must be a date, for example 2025-01-10")),
+                ({"uniqueItems": True}, [1, 1.0], ("", "uniqueItems",
+                                                   "The payload must not contain an item twice")),
                 ({"additionalProperties": False}, {"a/b~": 1},
                  ("/a~1b~0", "additionalProperties", "Field 'a/b~' is not a known field")),
                 ({"propertyNames": {"maxLength": 1}}, {"ab": 1},
@@ -605,8 +853,10 @@ class SchemaTest(unittest.TestCase):
 
     def test_numbers_are_equal_as_in_mathematics_and_true_is_no_number(self):
         for one, other, same in ((1, 1.0, True), (0, -0.0, True), (1, True, False), (0, False, False),
-                                 (10 ** 22, 1e22, True), (2 ** 53, 2.0 ** 53, True), (2 ** 53 + 1, 2.0 ** 53, False),
-                                 (1e308, 1e308, True), ("1", 1, False), (None, False, False), ([1], [1.0], True),
+                                 (10 ** 22, 1e22, True), (2 ** 53, 2.0 ** 53, True),
+                                 (2 ** 53 + 1, 2.0 ** 53, False),
+                                 (1e308, 1e308, True), ("1", 1, False), (None, False, False),
+                                 ([1], [1.0], True),
                                  ({}, [], False), ({"a": 1, "b": [2]}, {"b": [2.0], "a": 1}, True),
                                  (["a", "b"], ["b", "a"], False), ({'a":1,"b': 1}, {"a": 1, "b": 1}, False)):
             with self.subTest(repr((one, other))):
@@ -621,23 +871,28 @@ class SchemaTest(unittest.TestCase):
         self.assertLess(len(canonical_json([1e308] * 1000)), 10000)
 
     def test_a_multiple_is_meant_as_it_is_written(self):
-        for value, divisor, fits in ((0.3, 0.1, True), (0.35, 0.1, False), (4, 2, True), (4.0, 2, True), (5, 2, False),
-                                     (1e308, 0.5, True), (1, 1e-300, True), (1e-300, 1e300, False), (True, 2, True)):
+        for value, divisor, fits in ((0.3, 0.1, True), (0.35, 0.1, False), (4, 2, True), (4.0, 2, True),
+                                     (5, 2, False),
+                                     (1e308, 0.5, True), (1, 1e-300, True), (1e-300, 1e300, False),
+                                     (True, 2, True)):
             with self.subTest((value, divisor)):
                 self.assertEqual(rules({"multipleOf": divisor}, value), [] if fits else ["multipleOf"])
 
     def test_a_hostile_value_comes_back_as_at_most_100_problems(self):
         many = {str(number): number for number in range(1000)}
-        for schema, value in (({"items": {"type": "string"}}, [1] * 100000), ({"additionalProperties": False}, many),
+        for schema, value in (({"items": {"type": "string"}}, [1] * 100000),
+                              ({"additionalProperties": False}, many),
                               ({"propertyNames": {"maxLength": 0}}, many),
                               ({"patternProperties": {"": {"type": "null"}}}, many),
-                              ({"unevaluatedProperties": False}, many), ({"unevaluatedItems": False}, [1] * 100000)):
+                              ({"unevaluatedProperties": False}, many),
+                              ({"unevaluatedItems": False}, [1] * 100000)):
             with self.subTest(schema):
                 self.assertEqual(len(Schema(schema).errors(value)), 100)
 
     def test_a_missing_field_is_told_even_after_a_hundred_other_problems(self):
         schema = Schema({"properties": {"a": {"items": {"type": "string"}}}, "required": ["b"]})
-        self.assertIn("Missing required field: b", [problem.message for problem in schema.errors({"a": [1] * 1000})])
+        problems = schema.errors({"a": [1] * 1000})
+        self.assertIn("Missing required field: b", [problem.message for problem in problems])
 
     def test_names_in_messages_are_short_and_printable(self):
         problem, = Schema({"additionalProperties": False}).errors({"\x1b[2J\n" + "x" * 1000: 1})
@@ -647,13 +902,15 @@ class SchemaTest(unittest.TestCase):
     def test_references_lead_to_pointers_anchors_ids_and_further_documents(self):
         documents = {"http://x.example/text": {"type": "string",
                                                "$defs": {"n": {"$anchor": "number", "type": "number"}}}}
-        for reference, bad in (("#/$defs/a~1b%20c", 1), ("#id", "x"), ("inner", "x"), ("http://x.example/text", 1),
+        for reference, bad in (("#/$defs/a~1b%20c", 1), ("#id", "x"), ("inner", "x"),
+                               ("http://x.example/text", 1),
                                ("http://x.example/text#number", "x")):
             schema = {"$id": "http://y.example/all", "$ref": reference, "$defs": {
                 "a/b c": {"type": "string"}, "i": {"$anchor": "id", "type": "integer"},
                 "k": {"$id": "inner", "type": "null"}}}
             with self.subTest(reference):
-                self.assertEqual([problem.rule for problem in Schema(schema, documents).errors(bad)], ["type"])
+                self.assertEqual([problem.rule for problem in Schema(schema, documents).errors(bad)],
+                                 ["type"])
 
     def test_a_schema_may_describe_a_tree_by_itself(self):
         tree = {"type": "object", "properties": {"below": {"type": "array", "items": {"$ref": "#"}}},
@@ -664,9 +921,11 @@ class SchemaTest(unittest.TestCase):
 
     def test_a_schema_that_is_not_valid_is_refused_with_its_place(self):
         for schema, place in (
-                ({"type": "strnig"}, "/type"), ({"properties": {"a": {"minLength": -1}}}, "/properties/a/minLength"),
+                ({"type": "strnig"}, "/type"), ({"properties": {"a": {"minLength": -1}}},
+                                                "/properties/a/minLength"),
                 ({"required": "a"}, "/required"),
-                ({"required": ["a", "a"]}, "/required"), ({"items": [{}]}, "/items"), ({"allOf": []}, "/allOf"),
+                ({"required": ["a", "a"]}, "/required"), ({"items": [{}]}, "/items"),
+                ({"allOf": []}, "/allOf"),
                 ({"anyOf": [{}, 5]}, "/anyOf/1"),
                 ({"$ref": "#/$defs/none"}, "/$ref"), ({"$ref": "#none"}, "/$ref"),
                 ({"$ref": "http://x.example/"}, "/$ref"), ({"$ref": 5}, "/$ref"),
@@ -677,8 +936,13 @@ class SchemaTest(unittest.TestCase):
                 ({"items": {}, "prefixItems": 5}, "/prefixItems"),
                 ({"contains": {}, "minContains": "x"}, "/minContains"), ({"if": {}, "then": 5}, "/then"),
                 ({"$defs": {"a": {"enum": 5}}}, "/$defs/a/enum"), ({"multipleOf": 0}, "/multipleOf"),
-                ({"maximum": float("inf")}, "/maximum"), ({"uniqueItems": 1}, "/uniqueItems"),
-                ({"$schema": []}, "/$schema"), ({"allOf": [{"$ref": "#"}]}, ""), ("text", ""), ([], ""), (None, ""),
+                ({"maximum": float("inf")}, ""), ({"enum": [float("nan")]}, ""), ({"const": {1, 2}}, ""),
+                ({"uniqueItems": 1}, "/uniqueItems"), ({"maximum": True}, "/maximum"),
+                ({"$anchor": "a b"}, "/$anchor"), ({"$anchor": "1a"}, "/$anchor"),
+                ({"$dynamicAnchor": ""}, "/$dynamicAnchor"),
+                ({"$defs": {"a": {"$id": "#a"}}}, "/$defs/a/$id"), ({"$id": "http://x.example/#a"}, "/$id"),
+                ({"$schema": []}, "/$schema"), ({"allOf": [{"$ref": "#"}]}, ""), ("text", ""), ([], ""),
+                (None, ""),
                 ({"dependentSchemas": {"a/b": 5}}, "/dependentSchemas/a~1b"),
                 ({"examples": [1], "$ref": "#/examples/-1"}, "/$ref")):
             with self.subTest(schema):
@@ -688,6 +952,97 @@ class SchemaTest(unittest.TestCase):
                 if place:
                     self.assertEqual(error.place, place)
                 self.assertEqual(str(error), f"at {error.place or '/'}: {error.reason}")
+
+    def test_an_anchor_that_is_a_name_and_an_id_with_an_empty_fragment_are_taken(self):
+        for schema in ({"$anchor": "a"}, {"$anchor": "_a.b-1"}, {"$dynamicAnchor": "Z"},
+                       {"$id": "http://x.example/#"},
+                       {"$id": "x"}):
+            with self.subTest(schema):
+                self.assertEqual(rules(schema, 1), [])
+
+    def test_what_other_drafts_take_and_this_one_does_not_is_refused_with_what_to_write(self):
+        for schema, said in (
+                ({"properties": {"a": {"type": "string", "required": True}}},
+                 "at /properties/a/required: required must be an array of different texts; write the names "
+                 "of required fields into required of the object around them"),
+                ({"minimum": 0, "exclusiveMinimum": True},
+                 "at /exclusiveMinimum: exclusiveMinimum must be a number; write the limit here and leave "
+                 "out minimum"),
+                ({"exclusiveMaximum": False},
+                 "at /exclusiveMaximum: exclusiveMaximum must be a number; write the limit here and leave "
+                 "out maximum"),
+                ({"items": [{}]}, "at /items: items must be a schema; write the array into prefixItems"),
+                ({"$id": "#a"},
+                 "at /$id: $id must be a URI reference without a fragment (a name for this place is "
+                 "$anchor)")):
+            with self.subTest(schema):
+                with self.assertRaises(SchemaError) as caught:
+                    Schema(schema)
+                self.assertEqual(str(caught.exception), said)
+
+    def test_what_other_drafts_know_and_this_one_ignores_is_noted_with_what_to_write(self):
+        for schema, place, keyword, instead in (
+                ({"properties": {"a": {"type": "string", "nullable": True}}}, "/properties/a", "nullable",
+                 '"null" into type'),
+                ({"dependencies": {"a": ["b"]}}, "/", "dependencies", "dependentRequired"),
+                ({"prefixItems": [{}], "additionalItems": False}, "/", "additionalItems", "prefixItems"),
+                ({"oneOf": [{}], "discriminator": {"propertyName": "kind"}}, "/", "discriminator", "const"),
+                ({"openapi": "3.1.0", "info": {}, "paths": {}, "components": {"schemas": {}}}, "/", "openapi",
+                 "the one schema out of it"),
+                ({"swagger": "2.0", "info": {}, "paths": {}}, "/", "swagger", "the one schema out of it"),
+                ({"id": "http://x.example/"}, "/", "id", "$id")):
+            with self.subTest(keyword):
+                note, = Schema(schema).notes
+                self.assertIn(f"the keyword {keyword} at {place} is not of draft 2020-12 and is ignored; ",
+                              note)
+                self.assertIn(instead, note)
+        for fine in ({"properties": {name: {} for name in receiver.FOREIGN_KEYWORDS}}, {"x-nullable": True},
+                     {"enum": [{"nullable": True}]}, {"definitions": {"a": {"type": "string"}}}, True):
+            with self.subTest(fine):
+                self.assertEqual(Schema(fine).notes, [])
+
+    def test_definitions_are_read_as_defs_and_named_where_something_refers_to_them(self):
+        schema = Schema({"properties": {"a": {"$ref": "#/definitions/n"}, "b": {"$ref": "#/definitions/n"}},
+                         "definitions": {"n": {"$anchor": "number", "type": "number"}},
+                         "items": {"$ref": "#number"}})
+        self.assertEqual([problem.rule for problem in schema.errors({"a": "x", "b": 1})], ["type"])
+        self.assertEqual([problem.rule for problem in schema.errors(["x"])], ["type"])
+        self.assertEqual(schema.notes,
+                         ["definitions is read as $defs, its name since 2019-09: write $defs, also in $ref"])
+
+    def test_a_schema_that_comes_back_to_a_value_again_and_again_refuses_it_in_time(self):
+        """Without a count of its steps it would make 2 ** 60 of them."""
+        below = {"properties": {"a": {"$ref": "#"}}}
+        deep = {"a": 1}
+        for _ in range(60):
+            deep = {"a": deep}
+        for keyword in ("allOf", "anyOf", "oneOf"):
+            schema = {"type": ["object", "integer"], keyword: [{**below, "required": ["b"]},
+                                                               {**below, "required": ["c"]}]}
+            with self.subTest(keyword):
+                began = time.thread_time()
+                self.assertTrue(Schema(schema).errors(deep))
+                self.assertLess(time.thread_time() - began, 10)
+        tree = Schema({"anyOf": [{"type": "integer"}, {"type": "array", "items": {"$ref": "#"}}]})
+        self.assertEqual(tree.errors([[[1] * 100] * 50] * 50), [])
+
+    def test_a_megabyte_made_to_be_slow_is_judged_in_time(self):
+        many = {f"{number:x}": number for number in range(90000)}
+        for schema, value in (({"uniqueItems": True}, list(range(150000))), ({"enum": [1, {}]}, many),
+                              ({"const": 1}, many),
+                              ({"uniqueItems": True}, [[number] for number in range(120000)]),
+                              ({"uniqueItems": True}, ["a" * 500 + str(number) for number in range(2000)]),
+                              ({"propertyNames": {"pattern": "^[0-9a-f]+$"}}, many),
+                              ({"patternProperties": {"^[0-9a-f]+$": True}, "unevaluatedProperties": False},
+                               many),
+                              ({"items": {"multipleOf": 1e-300}},
+                               [1e308 + number for number in range(50000)]),
+                              ({"items": {"oneOf": [{"type": "string"}, {"type": "integer"}]}},
+                               [1] * 100000)):
+            with self.subTest(schema):
+                began = time.thread_time()
+                Schema(schema).errors(value)
+                self.assertLess(time.thread_time() - began, 10)
 
     def test_a_schema_error_is_one_line(self):
         with self.assertRaises(SchemaError) as caught:
@@ -708,13 +1063,22 @@ class SchemaTest(unittest.TestCase):
                 self.assertRaisesRegex(SchemaError, "nested too deeply", Schema, schema)
 
     def test_an_unknown_keyword_is_an_annotation_and_a_misspelt_one_is_listed(self):
-        schema = Schema({"properties": {"a": {"maxlength": 1, "tpye": "string"}}, "x-owner": "desk", "requird": ["b"],
-                         "definitions": {}})
+        schema = Schema({"properties": {"a": {"maxlength": 1, "tpye": "string"}}, "x-owner": "desk",
+                         "requird": ["b"],
+                         "definitions": {}, "format": "zip"})
         self.assertEqual(schema.errors({"a": "long"}), [])
-        self.assertEqual(sorted(schema.misspelt), [("", "requird", "required"),
-                                                   ("/properties/a", "maxlength", "maxLength"),
-                                                   ("/properties/a", "tpye", "type")])
-        self.assertEqual(Schema({"properties": {"requird": {}, "lenght": True}}).misspelt, [])
+        self.assertEqual(sorted(schema.notes), [
+            "the format zip at / is not known and not checked",
+            "the unknown keyword maxlength at /properties/a is ignored; did you mean maxLength?",
+            "the unknown keyword requird at / is ignored; did you mean required?",
+            "the unknown keyword tpye at /properties/a is ignored; did you mean type?"])
+        self.assertEqual(Schema({"properties": {"requird": {}, "lenght": True}}).notes, [])
+
+    def test_all_member_names_that_a_schema_knows_are_its_names(self):
+        schema = Schema({"properties": {"a": {"required": ["b"]}}, "dependentRequired": {"c": ["d"]},
+                         "anyOf": [{"properties": {"e": True}}],
+                         "$defs": {"f": {"properties": {"g": {"enum": ["h"]}}}}})
+        self.assertEqual(schema.names, set("abcdeg"))
 
     def test_formats_can_be_left_to_be_annotations(self):
         self.assertEqual(Schema({"format": "date"}, assert_formats=False).errors("x"), [])
@@ -741,8 +1105,7 @@ class SchemaTest(unittest.TestCase):
             schema = Schema(document)
             for _ in range(12):
                 value = random_value(chance, document if chance.random() < 0.7 else {})
-                problems = []
-                schema._check(value, None, problems, (schema._root,), set())
+                problems = slow_errors(schema, value)
                 if schema.accepts(value):
                     self.assertEqual(problems, [], (document, value))
                     accepted += 1
@@ -760,9 +1123,16 @@ class SchemaTest(unittest.TestCase):
 
     def test_nothing_in_a_schema_becomes_code(self):
         name = "a'];import os;raise SystemExit;['\n\"\"\"\\"
-        schema = {"properties": {name: {"enum": [name]}}, "required": [name, name + "2"], "additionalProperties": False}
+        schema = {"properties": {name: {"enum": [name]}}, "required": [name, name + "2"],
+                  "additionalProperties": False}
         self.assertEqual([problem.rule for problem in Schema(schema).errors({name: name, "x": 1})],
                          ["required", "additionalProperties"])
+
+
+def slow_errors(schema, value):
+    """What the checks say, which the fast way must agree with."""
+    with mock.patch.object(schema, "accepts", lambda value: False):
+        return schema.errors(value)
 
 
 TEXTS = ["", "a", "ab", "2025-01-10T14:00:00Z", "é", "1"]
@@ -772,7 +1142,8 @@ SCALARS = [None, True, False, 0, 1, 1.0, -1, 1.5, 2, 10 ** 30, *TEXTS]
 def random_schema(chance, depth=0):
     """A schema of the keywords that the fast way knows, and sometimes of one that it does not."""
     if depth > 2 or chance.random() < 0.1:
-        return chance.choice([True, {}, {"type": "string"}, {"type": "integer"}, False] if depth else [True, {}])
+        return chance.choice([True, {}, {"type": "string"}, {"type": "integer"}, False] if depth else [True,
+                                                                                                       {}])
     schema = {}
     if chance.random() < 0.6:
         schema["type"] = chance.choice(["object", "array", "string", "number", "integer", "boolean", "null",
@@ -780,17 +1151,20 @@ def random_schema(chance, depth=0):
                                         ["number", "boolean", "object"]])
     for keyword, make in (
             ("minLength", lambda: chance.randint(0, 2)), ("maxLength", lambda: chance.randint(0, 3)),
-            ("pattern", lambda: chance.choice(["^a", "\\d"])),
+            ("pattern", lambda: chance.choice(["^a", "\\d", "^(a|a)*(.*){50}$"])),
             ("format", lambda: chance.choice(["iso8601", "date-time", "ipv4", "unknown"])),
-            ("minimum", lambda: chance.choice([0, 1.0, 1.5])), ("maximum", lambda: chance.choice([1, 2.0, 10 ** 20])),
+            ("minimum", lambda: chance.choice([0, 1.0, 1.5])),
+            ("maximum", lambda: chance.choice([1, 2.0, 10 ** 20])),
             ("enum", lambda: chance.sample(TEXTS if chance.random() < 0.5 else SCALARS, 3)),
-            ("const", lambda: chance.choice(SCALARS)), ("required", lambda: chance.sample("abc", chance.randint(0, 2))),
+            ("const", lambda: chance.choice(SCALARS)), ("required",
+                                                        lambda: chance.sample("abc", chance.randint(0, 2))),
             ("minItems", lambda: chance.randint(0, 2)), ("maxItems", lambda: chance.randint(0, 3)),
             ("items", lambda: random_schema(chance, depth + 1)),
             ("properties", lambda: {name: random_schema(chance, depth + 1)
                                     for name in chance.sample("abc", chance.randint(0, 3))}),
             ("additionalProperties", lambda: chance.choice([True, False, False, {"type": "string"}])),
-            ("uniqueItems", lambda: True), ("anyOf", lambda: [random_schema(chance, depth + 1) for _ in range(2)])):
+            ("uniqueItems", lambda: True), ("anyOf", lambda: [random_schema(chance,
+                                                                            depth + 1) for _ in range(2)])):
         rare, common = ("enum", "const", "uniqueItems", "anyOf"), ("properties", "items")
         if chance.random() < (0.04 if keyword in rare else 0.35 if keyword in common else 0.15):
             schema[keyword] = make()
@@ -808,8 +1182,8 @@ def random_value(chance, schema, depth=0):
     kind = chance.choice(kind) if isinstance(kind, list) else kind
     if kind == "object":
         known = schema.get("properties", {})
-        return {name: random_value(chance, known.get(name, {}),
-                                   depth + 1) for name in "abcd" if chance.random() < (0.3 if name == "d" else 0.7)}
+        names = [name for name in "abcd" if chance.random() < {"d": 0.3}.get(name, 0.7)]
+        return {name: random_value(chance, known.get(name, {}), depth + 1) for name in names}
     if kind == "array":
         return [random_value(chance, schema.get("items", {}), depth + 1) for _ in range(chance.randint(0, 3))]
     return chance.choice({"string": TEXTS, "number": [0, 1.5, 2, 10 ** 30], "integer": [0, 1, 2.0],
@@ -819,11 +1193,14 @@ def random_value(chance, schema, depth=0):
 SUITE = os.environ.get("JSON_SCHEMA_TEST_SUITE", "")
 SUITE_FORMATS = ("date-time", "date", "time", "duration", "email", "uuid", "uri", "ipv4", "ipv6", "hostname",
                  "json-pointer", "regex", "ecmascript-regex", "unknown")
+UNICODE_PROPERTIES = ("patterns always use unicode semantics with pattern", "pattern with non-ASCII digits",
+                      "patterns always use unicode semantics with patternProperties",
+                      "patternProperties with non-ASCII digits")
 
 
 @unittest.skipUnless(SUITE, "JSON_SCHEMA_TEST_SUITE does not name a folder with the official suite")
 class SchemaSuiteTest(unittest.TestCase):
-    """The official JSON-Schema-Test-Suite: a folder with tests/, remotes/ and metaschemas/ (each known by its $id)."""
+    """The official JSON-Schema-Test-Suite: a folder with tests/, remotes/ and metaschemas/."""
 
     @classmethod
     def setUpClass(cls):
@@ -837,10 +1214,14 @@ class SchemaSuiteTest(unittest.TestCase):
             document = json.loads(path.read_text(encoding="utf-8"))
             cls.documents[document["$id"]] = document
 
-    def run_suite(self, paths, least, **options):
+    def run_suite(self, paths, least, without=(), **options):
         count = 0
         for path in paths:
             for group in json.loads(path.read_text(encoding="utf-8")):
+                if group["description"] in without:
+                    self.assertRaisesRegex(SchemaError, without[group["description"]], Schema,
+                                           group["schema"])
+                    continue
                 schema = Schema(group["schema"], self.documents, **options)
                 for test in group["tests"]:
                     count += 1
@@ -853,44 +1234,53 @@ class SchemaSuiteTest(unittest.TestCase):
 
     def test_every_format_that_is_asserted_passes_its_tests(self):
         folder = self.tests / "optional" / "format"
-        self.run_suite([folder / (name + ".json") for name in SUITE_FORMATS if (folder / (name + ".json")).exists()],
-                       200)
+        paths = [folder / (name + ".json") for name in SUITE_FORMATS]
+        self.run_suite([path for path in paths if path.exists()], 200)
 
     def test_patterns_pass_the_tests_of_ecma_262(self):
         folder = self.tests / "optional"
-        self.run_suite([folder / "ecmascript-regex.json", folder / "non-bmp-regex.json"], 50, assert_formats=False)
+        # \\p{...} would take 0.2 s and 2,000 characters each, which nobody needs: it is refused with a word
+        unicode_properties = dict.fromkeys(UNICODE_PROPERTIES, "is not supported")
+        self.run_suite([folder / "ecmascript-regex.json", folder / "non-bmp-regex.json"], 50,
+                       unicode_properties,
+                       assert_formats=False)
 
 
 # =============================================================================
 # Events
 # =============================================================================
 
+UNNAMED = "{} at a member that the schema does not name"
+
+
 class EventTest(unittest.TestCase):
 
     def setUp(self):
-        self.reader = EventReader(receiver.EVENT_SCHEMA)
+        self.contract = Contract(receiver.EVENT_SCHEMA)
 
-    def read(self, value, reader=None):
-        return (reader or self.reader).event(value, json.dumps(value), "2025-01-10T14:00:01.000000Z", "desk")
+    def read(self, value, contract=None):
+        return (contract or self.contract).event(value, json.dumps(value), "2025-01-10T14:00:01.000000Z",
+                                                 "desk")
 
-    def problems(self, value, reader=None):
+    def problems(self, value, contract=None):
         """What is wrong with a value that must be refused, the problem that decides the message first."""
         with self.assertRaises(InvalidEvent) as caught:
-            self.read(value, reader)
+            self.read(value, contract)
         self.assertEqual(str(caught.exception), caught.exception.problems[0].message)
         return caught.exception.problems
 
     @staticmethod
     def with_property(name, **changes):
-        """A reader by the built-in schema with one property changed."""
+        """A contract by the built-in schema with one property changed."""
         properties = receiver.EVENT_SCHEMA["properties"]
         changed = {**properties, name: {**properties.get(name, {}), **changes}}
-        return EventReader({**receiver.EVENT_SCHEMA, "properties": changed})
+        return Contract({**receiver.EVENT_SCHEMA, "properties": changed})
 
     def test_a_valid_value_becomes_an_event_with_its_payload_as_it_came(self):
         value = event(timestamp="2025-01-10 16:00:00.50+02:00", notes="bring results", room={"floor": 4})
         self.assertEqual(self.read(value), (
-            "scheduled", "APT-1", "PAT-1", "2025-01-10T14:00:00.5Z", "bring results", "2025-01-10T14:00:01.000000Z",
+            "scheduled", "APT-1", "PAT-1", "2025-01-10T14:00:00.5Z", "bring results",
+            "2025-01-10T14:00:01.000000Z",
             "desk", json.dumps(value), None))
         self.assertIsNone(self.read(event(notes=None)).notes)
 
@@ -909,7 +1299,8 @@ class EventTest(unittest.TestCase):
             with self.subTest(name):
                 value[name] = bad
                 self.assertEqual(self.problems({key: item for key,
-                                                item in value.items() if item is not ...})[0].message, message)
+                                                item in value.items() if item is not ...})[0].message,
+                                 message)
                 value[name] = good
         self.assertEqual(self.read(value).appointment_id, "APT-1")
 
@@ -926,12 +1317,14 @@ class EventTest(unittest.TestCase):
                 self.assertEqual(problem, ("", "type", "The payload must be of type object"))
 
     def test_a_message_never_repeats_a_value(self):
-        reader = self.with_property("notes", maxLength=3, pattern="^a", format="email")
-        for value in (event(event_type="secret"), event(appointment_id="secret" * 50), event(patient_id=["secret"]),
-                      event(timestamp="secret"), event(notes="secret"), event(notes={"secret": "secret"}), "secret",
+        contract = self.with_property("notes", maxLength=3, pattern="^a", format="email")
+        for value in (event(event_type="secret"), event(appointment_id="secret" * 50),
+                      event(patient_id=["secret"]),
+                      event(timestamp="secret"), event(notes="secret"), event(notes={"secret": "secret"}),
+                      "secret",
                       ["secret"]):
             with self.subTest(repr(value)[:60]):
-                for problem in self.problems(value, reader):
+                for problem in self.problems(value, contract):
                     self.assertNotIn("secret", "".join(problem))
 
     def test_an_id_of_spaces_is_empty(self):
@@ -942,62 +1335,373 @@ class EventTest(unittest.TestCase):
                                      ("/" + name, "minLength", f"Field '{name}' must not be empty"))
 
     def test_a_new_event_type_in_the_schema_is_taken(self):
-        reader = self.with_property("event_type", enum=["scheduled", "no_show"])
-        self.assertEqual(self.read(event(event_type="no_show"), reader).event_type, "no_show")
-        self.assertEqual(self.problems(event(event_type="updated"), reader)[0].message,
+        contract = self.with_property("event_type", enum=["scheduled", "no_show"])
+        self.assertEqual(self.read(event(event_type="no_show"), contract).event_type, "no_show")
+        self.assertEqual(self.problems(event(event_type="updated"), contract)[0].message,
                          "Field 'event_type' must be one of: scheduled, no_show")
-        self.assertEqual(reader.event_types, ("scheduled", "no_show"))
+        self.assertEqual(contract.event_types, ("scheduled", "no_show"))
 
     def test_a_new_required_field_in_the_schema_is_required(self):
-        reader = EventReader({**receiver.EVENT_SCHEMA, "required": [*receiver.EVENT_SCHEMA["required"], "clinic"]})
-        self.assertEqual(self.problems(event(), reader)[0].message, "Missing required field: clinic")
-        self.assertEqual(self.read(event(clinic="north"), reader).patient_id, "PAT-1")
+        contract = Contract({**receiver.EVENT_SCHEMA, "required": [*receiver.EVENT_SCHEMA["required"],
+                                                                   "clinic"]})
+        self.assertEqual(self.problems(event(), contract)[0].message, "Missing required field: clinic")
+        self.assertEqual(self.read(event(clinic="north"), contract).patient_id, "PAT-1")
 
     def test_a_new_pattern_for_ids_is_kept(self):
-        reader = self.with_property("patient_id", pattern="^PAT-\\d+$")
-        self.assertEqual(self.problems(event(patient_id="77"), reader)[0].message,
+        contract = self.with_property("patient_id", pattern="^PAT-\\d+$")
+        self.assertEqual(self.problems(event(patient_id="77"), contract)[0].message,
                          "Field 'patient_id' must match the pattern ^PAT-\\d+$")
-        self.assertEqual(self.read(event(), reader).patient_id, "PAT-1")
+        self.assertEqual(self.read(event(), contract).patient_id, "PAT-1")
 
     def test_a_schema_laxer_than_the_table_still_takes_only_what_the_table_can_hold(self):
         for document in (True, {}, {"type": "object"}, {"properties": {"timestamp": {"format": "date-time"}}},
                          {"properties": {"event_type": True}}):
-            reader = EventReader(document)
+            contract = Contract(document)
             with self.subTest(document):
-                self.assertEqual(self.read(event(notes=["any"]), reader)[:5],
+                self.assertEqual(self.read(event(notes=["any"]), contract)[:5],
                                  ("scheduled", "APT-1", "PAT-1", "2025-01-10T14:00:00Z", None))
                 for name in receiver.REQUIRED_FIELDS:
-                    for bad, rule in ((..., "required"), (5, "type"), (None, "type"), ([], "type"), (" ", None)):
-                        problem = self.problems(event(**{name: bad}), reader)[0]
+                    for bad, rule in ((..., "required"), (5, "type"), (None, "type"), ([], "type"),
+                                      (" ", None)):
+                        problem = self.problems(event(**{name: bad}), contract)[0]
                         self.assertEqual((problem.path, problem.rule), (
                             "/" + name, rule or ("format" if name == "timestamp" else "minLength")))
                 for value in (None, [], "x", 5, True, [event()]):
-                    self.assertEqual(self.problems(value, reader)[0].rule, "type")
+                    self.assertEqual(self.problems(value, contract)[0].rule, "type")
 
     def test_a_time_that_the_schema_takes_and_no_database_column_can_hold_is_refused(self):
-        reader = self.with_property("timestamp", format="date-time")
+        contract = self.with_property("timestamp", format="date-time")
         for text in ("2025-01-10T14:00:00.1234567890Z", "0000-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00"):
             with self.subTest(text):
-                self.assertEqual(self.problems(event(timestamp=text), reader)[0].path, "/timestamp")
+                self.assertEqual(self.problems(event(timestamp=text), contract)[0].path, "/timestamp")
 
     def test_the_fields_that_the_schema_names_are_known(self):
-        self.assertEqual(self.reader.field_names, {"event_type", "appointment_id", "patient_id", "timestamp", "notes"})
-        self.assertEqual((EventReader(True).field_names, EventReader({}).event_types), (frozenset(), ()))
+        self.assertEqual(self.contract.field_names, {"event_type", "appointment_id", "patient_id",
+                                                     "timestamp", "notes"})
+        self.assertEqual((Contract(True).field_names, Contract({}).event_types), (frozenset(), ()))
 
-    def test_a_schema_that_no_event_of_the_table_could_satisfy_makes_no_reader(self):
+    def test_a_schema_that_no_event_of_the_table_could_satisfy_makes_no_contract(self):
+        said = "at /properties/timestamp/type: must allow string"
         for kind in ("integer", ["null", "integer"]):
-            with self.subTest(kind), self.assertRaisesRegex(SchemaError, "at /properties/timestamp/type: must allow string"):
+            with self.subTest(kind), self.assertRaisesRegex(SchemaError, said):
                 self.with_property("timestamp", type=kind)
         self.with_property("timestamp", type=["null", "string"])
 
     def test_all_that_is_wrong_is_told_at_once_also_what_only_the_table_asks_for(self):
         problems = self.problems(event(event_type="moved", appointment_id=" ", timestamp="soon"))
-        self.assertEqual([problem.path for problem in problems], ["/event_type", "/timestamp", "/appointment_id"])
+        self.assertEqual([problem.path for problem in problems],
+                         ["/event_type", "/timestamp", "/appointment_id"])
 
-    def test_a_document_that_is_no_schema_makes_no_reader(self):
-        for document in (None, [], "x", {"type": 5}, {"properties": []}, {"properties": {"event_type": {"enum": "x"}}}):
+    def test_a_document_that_is_no_schema_makes_no_contract(self):
+        for document in (None, [], "x", {"type": 5}, {"properties": []},
+                         {"properties": {"event_type": {"enum": "x"}}}):
             with self.subTest(document), self.assertRaises(SchemaError):
-                EventReader(document)
+                Contract(document)
+
+    def test_the_text_for_the_log_names_only_what_the_schema_names(self):
+        open_contract = Contract({**receiver.EVENT_SCHEMA, "additionalProperties": {"type": "object",
+                                                                                    "required": ["b"]}})
+        closed = Contract({**receiver.EVENT_SCHEMA, "additionalProperties": False})
+        lists = self.with_property("notes", type="array", items={"type": "string"})
+        patterns = Contract({**receiver.EVENT_SCHEMA, "patternProperties": {"^X": {"type": "integer"}},
+                             "propertyNames": {"maxLength": 20}})
+        for contract, value, said in (
+                (closed, event(appointment_id=...), "Missing required field: appointment_id"),
+                (closed, event(timestamp="Jane Doe"),
+                 "Field 'timestamp' must be an ISO 8601 date-time, for example 2025-01-10T14:00:00Z"),
+                (closed, event(event_type="Jane Doe"),
+                 "Field 'event_type' must be one of: scheduled, cancelled, updated"),
+                (closed, event(patient_id=" "), "Field 'patient_id' must not be empty"),
+                (closed, ["Jane Doe"], "The payload must be of type object"),
+                (closed, event(**{"Jane Doe": 1}), UNNAMED.format("additionalProperties")),
+                (closed, event(**{"4711": 1}), UNNAMED.format("additionalProperties")),
+                (closed, event(**{"a~/b": 1}), UNNAMED.format("additionalProperties")),
+                (closed, event(**{"": 1}), UNNAMED.format("additionalProperties")),
+                (open_contract, event(**{"Jane Doe": {}}),
+                 UNNAMED.format("required") + ", 2 levels deep"),
+                (lists, event(notes=["a", 5]), "Field 'notes[1]' must be of type string"),
+                (patterns, event(X4711="5"), UNNAMED.format("type")),
+                (patterns, event(**{"Jane Doe" * 5: 1}), UNNAMED.format("propertyNames"))):
+            with self.subTest(value):
+                with self.assertRaises(InvalidEvent) as caught:
+                    self.read(value, contract)
+                self.assertEqual(caught.exception.for_log, said)
+
+    def test_what_is_about_a_person_is_known_by_name(self):
+        self.assertEqual(receiver.PERSONAL_FIELDS, {"patient_id", "notes"})
+
+
+# =============================================================================
+# Work
+# =============================================================================
+
+class FakeClock:
+    """A clock that stands until it is told how late it is."""
+
+    def __init__(self):
+        self.time = 1000.0
+
+    def __call__(self):
+        return self.time
+
+
+class WorkTest(unittest.TestCase):
+
+    def loop(self, step, seconds=None, **options):
+        loop = receiver.Loop("test", step, seconds, **options)
+        self.addCleanup(loop.stop)
+        loop.start()
+        return loop
+
+    def test_a_loop_steps_by_itself_and_a_daemon_thread_has_its_name(self):
+        threads = []
+        self.loop(lambda: threads.append(threading.current_thread()), 0.001)
+        until(lambda: len(threads) > 2)
+        self.assertEqual({(thread.name, thread.daemon) for thread in threads}, {("webhook-test", True)})
+
+    def test_a_loop_that_is_woken_steps_at_once_and_again_when_woken_meanwhile(self):
+        begun, go_on = threading.Semaphore(0), threading.Semaphore(0)
+        loop = self.loop(lambda: (begun.release(), go_on.acquire()), 1e6)
+        for _ in range(2):
+            loop.wake()
+            self.assertTrue(begun.acquire(timeout=WAIT))
+            loop.wake()
+            go_on.release()
+            self.assertTrue(begun.acquire(timeout=WAIT))
+            go_on.release()
+
+    def test_a_step_that_raises_is_told_by_name_and_the_loop_goes_on(self):
+        told, errors = [], [ValueError("a"), SystemExit(1)]
+
+        def step():
+            raise errors[len(told)]
+
+        loop = self.loop(step, on_error=lambda name: told.append((name, sys.exc_info()[1])))
+        for number, error in enumerate(errors, 1):
+            loop.wake()
+            until(lambda: len(told) == number)
+            self.assertEqual(told[-1], ("test", error))
+
+    def test_to_stop_a_loop_waits_for_its_step_but_not_for_ever(self):
+        begun, go_on, ended = threading.Event(), threading.Event(), []
+        loop = self.loop(lambda: (begun.set(), go_on.wait(), ended.append(True)))
+        loop.wake()
+        self.assertTrue(begun.wait(WAIT))
+        self.assertFalse(loop.stop(0.01))
+        go_on.set()
+        self.assertTrue(loop.stop(WAIT))
+        self.assertEqual(ended, [True])
+
+    def test_a_loop_may_stop_itself_or_never_have_started(self):
+        loop = self.loop(lambda: loop.stop())
+        loop.wake()
+        until(lambda: loop.stop())
+        self.assertTrue(receiver.Loop("test", lambda: None).stop())
+
+    def test_the_clock_runs_each_job_when_it_is_due_and_makes_up_for_nothing(self):
+        now, ran = FakeClock(), []
+        clock = receiver.Clock(now=now)
+        clock.every(1, "second", lambda: ran.append(1))
+        clock.every(60, "minute", lambda: ran.append(60))
+        for late, expected in ((0.9, []), (0.2, [1]), (0.5, []), (0.5, [1]), (58, [1, 60]), (0.9, []), (0.2, [1])):
+            now.time += late
+            clock.run_due()
+            self.assertEqual(ran, expected, now.time)
+            ran.clear()
+
+    def test_a_job_of_the_clock_that_raises_costs_the_others_nothing(self):
+        now, ran, told = FakeClock(), [], []
+        clock = receiver.Clock(told.append, now)
+        clock.every(1, "bad", lambda: sys.exit())
+        clock.every(1, "good", lambda: ran.append(now.time))
+        for _ in range(2):
+            now.time += 1
+            clock.run_due()
+        self.assertEqual((told, ran), (["bad", "bad"], [1001, 1002]))
+
+    def test_the_clocks_thread_sleeps_until_the_next_job_and_hears_of_a_sooner_one(self):
+        clock, ran = receiver.Clock(), threading.Event()
+        self.addCleanup(clock.stop)
+        clock.every(1e6, "later", lambda: None)
+        clock.start()
+        until(lambda: clock._loop.seconds is not None)
+        clock.every(0.001, "sooner", ran.set)
+        self.assertTrue(ran.wait(WAIT))
+
+    def test_the_breaker_opens_after_five_failures_in_a_row_and_tries_later_and_later(self):
+        now = FakeClock()
+        breaker = receiver.Breaker(now)
+        for _ in range(4):
+            breaker.failed()
+        breaker.succeeded()
+        for number in range(5):
+            self.assertEqual((breaker.state, breaker.allows()), ("closed", True), number)
+            breaker.failed()
+        for pause in (1, 2, 4, 8, 16, 30, 30):
+            now.time += pause - 0.01
+            self.assertEqual((breaker.allows(), breaker.state), (False, "open"), pause)
+            now.time += 0.02
+            self.assertEqual((breaker.allows(), breaker.state), (True, "half-open"), pause)
+            self.assertFalse(breaker.allows(), "a second try")
+            breaker.failed()
+        now.time += 31
+        self.assertTrue(breaker.allows())
+        breaker.succeeded()
+        for number in range(5):
+            self.assertTrue(breaker.allows(), number)
+            breaker.failed()
+        now.time += 1.01
+        self.assertTrue(breaker.allows(), "the first pause again")
+
+    def test_a_turn_goes_to_who_waits_before_who_had_it_last(self):
+        turns, order = receiver.Turns(), []
+
+        def other():
+            with turns:
+                order.append("other")
+
+        for _ in range(20):
+            turns.acquire()
+            thread = threading.Thread(target=other)
+            thread.start()
+            until(lambda: turns._next.locked())
+            turns.release()
+            with turns:
+                order.append("again")
+            thread.join()
+        self.assertEqual(order, ["other", "again"] * 20)
+
+    def test_a_turn_that_is_not_to_be_had_is_given_up_and_can_be_had_later(self):
+        turns = receiver.Turns()
+        self.assertTrue(turns.acquire())
+        self.assertFalse(turns.acquire(0.001))
+        turns.release()
+        self.assertTrue(turns.acquire(0))
+
+    def test_a_check_is_made_once_a_second_however_many_ask(self):
+        now, made = FakeClock(), []
+        checkup = receiver.Checkup("test", lambda: made.append(1) or len(made), now)
+        self.assertEqual([checkup.result(WAIT) for _ in range(3)], [(1, 0.0)] * 3)
+        now.time += 0.9
+        self.assertEqual(checkup.result(WAIT), (1, 0.0))
+        now.time += 0.2
+        self.assertEqual([checkup.result(WAIT) for _ in range(3)], [(2, 0.0)] * 3)
+
+    def test_who_asks_a_check_that_hangs_hears_what_it_said_last_and_for_how_long(self):
+        now, made, go_on = FakeClock(), [], threading.Event()
+        go_on.set()
+        checkup = receiver.Checkup("test", lambda: made.append(1) or go_on.wait() and len(made), now)
+        self.assertEqual(checkup.result(WAIT), (1, 0.0))
+        go_on.clear()
+        now.time += 2
+        self.assertEqual(checkup.result(0), (1, 0.0))
+        for seconds in (3, 7):
+            now.time = 1002 + seconds
+            self.assertEqual(checkup.result(0.001), (1, seconds))
+        go_on.set()
+        self.assertEqual(checkup.result(WAIT), (2, 0.0))
+        self.assertEqual(len(made), 2)
+
+    def test_a_check_that_raises_is_no_good_news(self):
+        now, made = FakeClock(), []
+        checkup = receiver.Checkup("disk", lambda: made.append(1) or 1 / (len(made) - 1), now)
+        with self.assertRaisesRegex(RuntimeError, "disk"):
+            checkup.result(WAIT)
+        now.time += 2
+        self.assertEqual(checkup.result(WAIT), (1, 0.0))
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no threads")):
+            now.time += 2
+            with self.assertRaises(RuntimeError):
+                checkup.result(WAIT)
+        self.assertEqual(checkup.result(WAIT), (0.5, 0.0))
+
+
+class DigestTest(unittest.TestCase):
+    """The content of two payloads is compared as digests."""
+
+    def test_equal_json_has_one_digest_and_the_timestamp_does_not_count(self):
+        text = '{"a": [1, {"b": "é", "c": null}], "timestamp": "2025-01-10T14:00:00Z"}'
+        for other in ('{"timestamp":"later","a":[1.0,{"c":null,"b":"\\u00e9"}]}',
+                      '{"a": [1e0, {"b": "é", "c": null}]}',
+                      ' {"a" :[1, {"b": "é", "c": null}], "timestamp": {"x": []}}\n'):
+            with self.subTest(other):
+                self.assertEqual(content_digest(other), content_digest(text))
+        for other in ('{"a": [1, {"b": "e", "c": null}]}', '{"a": [true, {"b": "é", "c": null}]}', '{"a": 1}',
+                      "{}", "[]",
+                      '{"a": [1, {"b": "é", "c": null, "timestamp": "x"}]}',
+                      '[{"a": [1, {"b": "é", "c": null}]}]'):
+            with self.subTest(other):
+                self.assertNotEqual(content_digest(other), content_digest(text))
+        self.assertEqual(len(content_digest(text)), 32)
+
+    def test_numbers_are_equal_as_in_mathematics(self):
+        for one, other, same in (("1", "1.0", True), ("0", "-0.0", True), ("1e2", "100", True),
+                                 ("1", "true", False),
+                                 ("9007199254740993", "9007199254740992.0", False),
+                                 ("1e22", "1" + "0" * 22, True),
+                                 ("9007199254740992", "9007199254740992.0", True), ("1e-400", "0", True),
+                                 ("9" * 100, "9" * 99 + "8", False),
+                                 ("9007199254740991", "9007199254740991.0", True),
+                                 ("1" + "0" * 99, "1e99", False), ('"1"', "1", False)):
+            one, other = f'{{"n": {one}}}', f'{{"n": {other}}}'
+            with self.subTest((one, other)):
+                self.assertIs(content_digest(one) == content_digest(other), same)
+                self.assertIs(json_equal(parse_json(one.encode())[0], parse_json(other.encode())[0]), same)
+
+    def test_digests_of_random_values_agree_with_equality_as_the_schema_sees_it(self):
+        chance = random.Random(8785)
+        equal = 0
+        for _ in range(3000):
+            one = {name: random_value(chance, {}) for name in chance.sample("abc", chance.randint(0, 2))}
+            other = disguised(chance, one) if chance.random() < 0.5 else {"a": random_value(chance, {})}
+            texts = [json.dumps(value, ensure_ascii=chance.random() < 0.5, indent=chance.choice([None, 1]))
+                     for value in (one, other)]
+            self.assertIs(content_digest(texts[0]) == content_digest(texts[1]), json_equal(one, other), texts)
+            equal += json_equal(one, other)
+        self.assertGreater(equal, 1000)
+
+    def test_what_is_no_json_object_is_compared_as_text_and_nothing_raises(self):
+        odd = ["", "{", "null", "[1]", "5", '"timestamp"', "not JSON", '{"a": NaN}', '{"a": Infinity}',
+               '{"a": 1e999}',
+               "[" * 100000, '{"a":' * 100000, '{"timestamp": ' + "[" * 70 + "]" * 70 + "}", "\ud800",
+               '{"a": "\ud800"}',
+               '{"a": ' + "9" * 10000 + "}", "\0"]
+        digests = {content_digest(text) for text in odd}
+        self.assertEqual(len(digests), len(odd))
+        for text in odd[:-2]:
+            with self.subTest(text[:20]):
+                self.assertEqual(content_digest(text), content_digest(text))
+
+    def test_a_text_cannot_pass_for_an_object(self):
+        self.assertNotEqual(content_digest("{}"), content_digest('{"a": NaN}'))
+        self.assertNotEqual(content_digest('{"a":1}'), content_digest('"{\\"a\\":1}"'))
+
+    def test_a_megabyte_takes_no_longer_than_it_must(self):
+        many = ",".join(f'"{number:x}":{number}' for number in range(70000))
+        for name, text in (("text", '{"notes": "' + "x" * MEGABYTE + '"}'), ("names", "{" + many + "}"),
+                           ("integers", '{"a": [' + "1," * (MEGABYTE // 2) + "1]}"),
+                           ("floats", '{"a": [' + "1.5," * (MEGABYTE // 4) + "1]}"),
+                           ("long integers", '{"a": [' + ("9" * 99 + ",") * (MEGABYTE // 100) + "1]}"),
+                           ("objects", '{"a": [' + '{"b":[]},' * (MEGABYTE // 9) + "1]}"),
+                           ("escapes", '{"a": "' + "\\u00e9" * (MEGABYTE // 6) + '"}')):
+            with self.subTest(name):
+                began = time.thread_time()
+                content_digest(text)
+                self.assertLess(time.thread_time() - began, 1)
+
+
+def disguised(chance, value):
+    """An equal JSON value that looks different."""
+    if isinstance(value, dict):
+        members = [(name, disguised(chance, item)) for name, item in value.items()]
+        chance.shuffle(members)
+        return dict(members)
+    if isinstance(value, list):
+        return [disguised(chance, item) for item in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return chance.choice([int(value) if value == int(value) else value,
+                              float(value) if float(value) == value else value])
+    return value
 
 
 # =============================================================================
@@ -1049,6 +1753,13 @@ def without_root():
             os.seteuid(0)
 
 
+def rows_of(data, folder):
+    """The events in a database that is given as bytes."""
+    path = folder / "as-it-was.db"
+    path.write_bytes(data)
+    return rows(path, "SELECT * FROM appointment_events")
+
+
 class EngineTest(FolderTest):
     """A test with an engine on self.database."""
 
@@ -1076,8 +1787,8 @@ class SQLiteTest(EngineTest):
         self.assertEqual(names, ["id", "event_type", "appointment_id", "patient_id", "timestamp", "notes", "received_at",
                                  "client", "payload"])
         self.assertEqual(rows(self.database, "PRAGMA journal_mode"), "wal")
-        self.assertEqual(rows(self.database, "PRAGMA user_version"), 1)
-        self.assertEqual(engine._writer.execute("PRAGMA synchronous").fetchone()[0], 2)
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), 2)
+        self.assertEqual(engine.writer.execute("PRAGMA synchronous").fetchone()[0], 2)
         if POSIX:
             self.assertEqual(self.database.stat().st_mode & 0o077, 0)
 
@@ -1085,10 +1796,10 @@ class SQLiteTest(EngineTest):
         engine, last = self.engine(), 0
         for size in (1, 2, 3, 63, 64, 65, 130):
             with self.subTest(size):
-                outcomes = engine.write([stored_event(last + number) for number in range(1, size + 1)])
+                outcomes = write(engine, [stored_event(last + number) for number in range(1, size + 1)])
                 self.assertEqual(kinds(outcomes), [("stored", last + number) for number in range(1, size + 1)])
                 for outcome in outcomes[:1] + outcomes[-1:]:
-                    found, = engine.events(Filter(), outcome.event_id - 1, 1)
+                    found, = read(engine, Filter(), outcome.event_id - 1, 1)
                     self.assertEqual((found.id, found.appointment_id), (outcome.event_id, f"APT-{outcome.event_id}"))
                 last += size
 
@@ -1098,21 +1809,21 @@ class SQLiteTest(EngineTest):
                 engine, base = self.engine(), size * 1000
                 group = [stored_event(base + number) for number in range(size)]
                 group[1:1] = [group[0], group[0]._replace(payload='{"other": 1}')]
-                outcomes = engine.write(group + group[-1:])
+                outcomes = write(engine, group + group[-1:])
                 first, same, other, *rest, last = outcomes
                 self.assertEqual((same.kind, same.event_id, same.identical), ("duplicate", first.event_id, True))
                 self.assertEqual((other.kind, other.event_id, other.identical), ("duplicate", first.event_id, False))
                 self.assertEqual((last.kind, last.event_id), ("duplicate", rest[-1].event_id))
                 self.assertEqual({outcome.kind for outcome in [first] + rest}, {"stored"})
                 for one, outcome in zip(group, outcomes):
-                    self.assertEqual(engine.events(Filter(), outcome.event_id - 1, 1)[0].appointment_id,
+                    self.assertEqual(read(engine, Filter(), outcome.event_id - 1, 1)[0].appointment_id,
                                      one.appointment_id)
 
     def test_ids_of_deleted_events_are_never_given_again(self):
         engine = self.engine()
-        engine.write([stored_event(number) for number in range(1, 6)])
+        write(engine, [stored_event(number) for number in range(1, 6)])
         write_rows(self.database, "DELETE FROM appointment_events WHERE id > 1")
-        outcomes = engine.write([stored_event(1), stored_event(7), stored_event(8), stored_event(7)])
+        outcomes = write(engine, [stored_event(1), stored_event(7), stored_event(8), stored_event(7)])
         self.assertEqual([outcome.kind for outcome in outcomes], ["duplicate", "stored", "stored", "duplicate"])
         self.assertEqual(outcomes[0].event_id, 1)
         self.assertGreater(outcomes[1].event_id, 5)
@@ -1127,39 +1838,39 @@ class SQLiteTest(EngineTest):
         for number, (name, row) in enumerate(bad.items()):
             with self.subTest(name):
                 good = [stored_event(f"{number}-{at}") for at in range(4)]
-                outcomes = self.engine().write(good[:2] + [row] + good[2:] + good[:1])
+                outcomes = write(self.engine(), good[:2] + [row] + good[2:] + good[:1])
                 self.assertEqual([outcome.kind for outcome in outcomes],
                                  ["stored", "stored", "failed", "stored", "stored", "duplicate"])
                 self.assertIsInstance(outcomes[2].error, Exception)
         self.assertEqual(rows(self.database), 4 * len(bad))
-        self.assertEqual(self.engine().write([stored_event("bad")])[0].kind, "stored")
+        self.assertEqual(write(self.engine(), [stored_event("bad")])[0].kind, "stored")
 
     def test_the_same_content_is_identical_however_it_is_written(self):
         engine = self.engine()
         stored = stored_event(1, payload='{"a": 1, "b": [1.0, true, "\\u00e9"], "timestamp": "2025-01-10T14:00:00Z"}')
-        engine.write([stored])
+        write(engine, [stored])
         cases = {'{"timestamp": "2025-01-10T15:00:00+01:00", "b": [1, true, "é"], "a": 1.0}': True,
                  '{"a": 1, "b": [1, 1, "é"]}': False, '{"a": 1, "b": [true, 1, "é"]}': False,
-                 '{"a": 1}': False, "[]": False, "[" * 100000: False, "": False}
+                 '{"a": 1}': False, "[]": False, "[" * 5000: False, "": False}
         for payload, identical in cases.items():
             with self.subTest(payload[:80]):
-                outcome, = engine.write([stored._replace(payload=payload)])
+                outcome, = write(engine, [stored._replace(payload=payload)])
                 self.assertEqual((outcome.kind, outcome.event_id, outcome.identical), ("duplicate", 1, identical))
 
     def test_a_stored_payload_nested_beyond_measure_fails_nobody(self):
         engine = self.engine()
         for depth in (900, 100000):
             key = stored_event(depth, payload='{"a":' * depth + "1" + "}" * depth)
-            engine.write([key])
-            outcomes = engine.write([key, stored_event(f"{depth}-next")])
+            write(engine, [key])
+            outcomes = write(engine, [key, stored_event(f"{depth}-next")])
             self.assertEqual([outcome.kind for outcome in outcomes], ["duplicate", "stored"])
 
     def test_other_content_under_a_stored_key_is_kept_in_the_same_commit(self):
         engine, statements = self.engine(), []
-        engine.write([stored_event(1)])
-        engine._writer.set_trace_callback(statements.append)
-        engine.write([stored_event(1, payload='{"other": 1}', client="10.0.0.1"), stored_event(2)])
-        engine._writer.set_trace_callback(None)
+        write(engine, [stored_event(1)])
+        engine.writer.set_trace_callback(statements.append)
+        write(engine, [stored_event(1, payload='{"other": 1}', client="10.0.0.1"), stored_event(2)])
+        engine.writer.set_trace_callback(None)
         words = [statement.split()[0] for statement in statements]
         self.assertLess(words.index("BEGIN"), words.index("INSERT"))
         self.assertEqual(words.count("COMMIT"), 1)
@@ -1169,56 +1880,160 @@ class SQLiteTest(EngineTest):
 
     def test_a_retry_of_conflicting_content_is_kept_once_for_each_sender(self):
         engine = self.engine()
-        engine.write([stored_event(1)])
+        write(engine, [stored_event(1)])
         for client in ("10.0.0.1", "10.0.0.1", None, None, "10.0.0.2"):
-            engine.write([stored_event(1, payload='{"other": 1}', client=client)])
-        engine.write([stored_event(1, payload='{"other": 2}')])
-        engine.write([stored_event(1)])
+            write(engine, [stored_event(1, payload='{"other": 1}', client=client)])
+        write(engine, [stored_event(1, payload='{"other": 2}')])
+        write(engine, [stored_event(1)])
         self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 4)
+
+    def test_content_is_kept_once_however_many_others_were_kept_since(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        others = [stored_event(1, payload=json.dumps({"other": number}), client="10.0.0.1") for number in range(30)]
+        for _ in range(2):
+            write(engine, others)
+        write(engine, [others[0]._replace(payload='{ "other":0.0 }'), others[0]._replace(client="10.0.0.2")])
+        self.assertEqual(rows(self.database, "SELECT count(*), count(DISTINCT digest) FROM conflicting_events"),
+                         [(31, 30)])
+        plan = engine.writer.execute("EXPLAIN QUERY PLAN " + receiver.Session.KEEP, dict.fromkeys(
+            ("event_id", "received_at", "client", "payload", "digest"))).fetchall()
+        self.assertIn("idx_conflicting_event_digest (event_id=? AND digest=?", str(plan))
+
+    def test_large_content_is_compared_outside_of_the_transaction(self):
+        engine, large = self.engine(), json.dumps({"a": "x" * 9000})
+        write(engine, [stored_event(1), stored_event(2, payload=large), stored_event(3, payload="{}")])
+        with mock.patch.object(receiver, "content_digest", side_effect=AssertionError("in the transaction")):
+            outcomes = write(engine, [stored_event(1, payload=large), stored_event(2), stored_event(2, payload=large)])
+        self.assertEqual([(one.kind, one.event_id, one.identical) for one in outcomes],
+                         [("duplicate", 1, None), ("duplicate", 2, None), ("duplicate", 2, None)])
+        self.assertEqual(write(engine, [stored_event(3, payload="{ }")])[0].identical, True)
+        self.assertEqual(engine.digest(2), receiver.content_digest(large))
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 0)
+        other = stored_event(2)
+        for _ in range(2):
+            with engine.transaction() as session:
+                session.keep_conflict(2, other, receiver.content_digest(other.payload))
+        self.assertEqual(rows(self.database, "SELECT event_id, payload FROM conflicting_events"), [(2, other.payload)])
+
+    def test_a_transaction_looks_at_a_bounded_amount_of_stored_content(self):
+        engine = self.engine()
+        write(engine, [stored_event(number, payload=json.dumps({"a": "x" * 400000})) for number in range(9)])
+        lengths, group = [], [stored_event(number) for number in range(9)]
+        engine.writer.set_trace_callback(lambda text: lengths.append(text) if "length(" in text else None)
+        self.assertEqual({one.identical for one in write(engine, group)}, {None})
+        self.assertLess(len(lengths), 5)
+
+    def test_work_in_a_savepoint_is_undone_alone(self):
+        engine = self.engine()
+        with engine.transaction() as session:
+            session.insert([stored_event(1)])
+            with self.assertRaises(ZeroDivisionError), session.savepoint():
+                session.insert([stored_event(2)])
+                raise ZeroDivisionError
+            with session.savepoint():
+                session.execute("DELETE FROM appointment_events WHERE appointment_id = ?", ("APT-7",))
+                session.insert([stored_event(3)])
+        self.assertEqual(rows(self.database, "SELECT appointment_id FROM appointment_events"), [("APT-1",), ("APT-3",)])
+
+    def test_a_transaction_that_raises_stores_nothing(self):
+        engine = self.engine()
+        with self.assertRaises(ZeroDivisionError), engine.transaction() as session:
+            session.insert([stored_event(1)])
+            raise ZeroDivisionError
+        self.assertEqual(kinds(write(engine, [stored_event(2)])), [("stored", 1)])
+
+    def test_nobody_waits_longer_for_the_writer_than_asked_and_never_in_sqlite(self):
+        engine = self.engine()
+        with engine.transaction(), self.assertRaises(StoreLocked), engine.transaction(wait=0):
+            pass
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            began = time.monotonic()
+            for _ in range(20):
+                with self.assertRaises(StoreLocked), engine.transaction():
+                    pass
+            self.assertLess(time.monotonic() - began, 2)
+        engine.close()
+        with self.assertRaisesRegex(StoreUnavailable, "closed"), engine.transaction():
+            pass
+
+    def test_a_trigger_that_takes_rows_away_fails_that_event_only(self):
+        engine = self.engine()
+        write_rows(self.database, "CREATE TRIGGER t BEFORE INSERT ON appointment_events WHEN NEW.notes = 'no' "
+                   "BEGIN SELECT RAISE(IGNORE); END")
+        outcomes = write(engine, [stored_event(1), stored_event(2, notes="no"), stored_event(3)])
+        self.assertEqual([one.kind for one in outcomes], ["stored", "failed", "stored"])
+
+    def test_the_connections_share_one_bound_of_memory(self):
+        engine = self.engine()
+        read(engine, Filter(), 0, 1)
+        with engine.readers.all_places() as places:
+            connections = [one for one in (*places, engine.writer, engine._checkpoints.connection) if one]
+            sizes = [one.execute("PRAGMA cache_size").fetchone()[0] for one in connections]
+        self.assertLessEqual(max(sizes), 0)             # KiB, and not pages
+        self.assertLessEqual(-sum(sizes), SQLite.CACHE_KIB)
+
+    def test_macos_is_asked_to_empty_the_cache_of_the_drive(self):
+        for platform, expected in (("darwin", 1), ("linux", 0)):
+            with mock.patch.object(receiver.sys, "platform", platform):
+                engine = self.engine()
+            for pragma in ("fullfsync", "checkpoint_fullfsync"):
+                self.assertEqual(engine.writer.execute(f"PRAGMA {pragma}").fetchone()[0], expected)
+
+    def test_a_path_of_windows_becomes_a_uri_that_sqlite_takes(self):
+        for path, uri in ((r"C:\data\my events.db", "file:///C:/data/my%20events.db?mode=rw"),
+                          (r"\\server\share\events.db", "file:////server/share/events.db?mode=rw")):
+            self.assertEqual(receiver._uri(PureWindowsPath(path), "rw"), uri)
 
     def test_a_lock_of_another_program_stores_nothing_and_passes(self):
         engine = self.engine()
         with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             with self.assertRaises(StoreLocked):
-                engine.write([stored_event(1)])
+                write(engine, [stored_event(1)])
             with self.assertRaises(StoreLocked):
-                engine.probe()
+                probe(engine)
             self.assertEqual(engine.last_id(), 0)
             other.execute("ROLLBACK")
-        engine.probe()
-        self.assertEqual(kinds(engine.write([stored_event(1)])), [("stored", 1)])
+        probe(engine)
+        self.assertEqual(kinds(write(engine, [stored_event(1)])), [("stored", 1)])
 
     def test_reading_never_waits_for_a_write_under_way(self):
         engine = self.engine()
-        engine.write([stored_event(1)])
-        engine._writer.execute("BEGIN EXCLUSIVE")
-        with engine._lock:
-            self.assertEqual([one.id for one in engine.events(Filter(), 0, 10)], [1])
+        write(engine, [stored_event(1)])
+        engine.writer.execute("BEGIN EXCLUSIVE")
+        with engine.lock:
+            self.assertEqual([one.id for one in read(engine, Filter(), 0, 10)], [1])
             self.assertEqual(engine.last_id(), 1)
             with self.assertRaises(StoreLocked):
-                engine.probe()
-        engine._writer.execute("ROLLBACK")
+                probe(engine)
+        engine.writer.execute("ROLLBACK")
 
-    def test_readers_cannot_write_and_only_a_few_are_kept(self):
+    def test_only_a_few_read_at_a_time_and_they_cannot_write(self):
         engine = self.engine()
-        engine.write([stored_event(1)])
-        all_at_once, connect, found = threading.Barrier(20), engine._connect, []
-        with mock.patch.object(engine, "_connect", lambda: (all_at_once.wait(WAIT), connect())[1]):
-            threads = [threading.Thread(target=lambda: found.append(engine.last_id())) for _ in range(20)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        self.assertEqual(found, [1] * 20)
-        self.assertTrue(0 < len(engine._readers) <= receiver.IDLE_READERS)
-        with self.assertRaises(sqlite3.OperationalError):
-            engine._readers[0].execute("DELETE FROM appointment_events")
+        write(engine, [stored_event(1)])
+        reading, most, found, lock = [], [], [], threading.Lock()
+
+        def read_one():
+            with engine.readers.reading() as connection:
+                with lock:
+                    reading.append(connection)
+                    most.append(len(reading))
+                found.append(connection.execute("SELECT max(id) FROM appointment_events").fetchone()[0])
+                with lock:
+                    reading.remove(connection)
+        in_threads(20, read_one)
+        self.assertEqual((found, max(most) <= receiver._Readers.MOST), ([1] * 20, True))
+        with engine.readers.all_places() as places:
+            self.assertEqual(len(places), receiver._Readers.MOST)
+        with engine.readers.reading() as connection, self.assertRaises(sqlite3.OperationalError):
+            connection.execute("DELETE FROM appointment_events")
 
     def test_filters_choose_and_pages_go_on_behind_the_last_id(self):
         engine = self.engine()
         times = ["2025-01-10T14:00:00Z", "2025-01-10T14:00:00.5Z", "2025-01-10T14:00:01Z", "2025-01-11T00:00:00Z"]
-        engine.write([stored_event(number % 2, timestamp=time_, patient_id=f"PAT-{number}")
+        write(engine, [stored_event(number % 2, timestamp=time_, patient_id=f"PAT-{number}")
                       for number, time_ in enumerate(times)])
         cases = [(Filter(), 0, 10, None, [1, 2, 3, 4]), (Filter(), 1, 2, None, [2, 3]), (Filter(), 0, 10, 2, [1, 2]),
                  (Filter(appointment_id="APT-1"), 0, 10, None, [2, 4]), (Filter(appointment_id="APT-1"), 2, 10, None, [4]),
@@ -1227,60 +2042,66 @@ class SQLiteTest(EngineTest):
                  (Filter(since=times[0], until=times[0]), 0, 10, None, []), (Filter(since="x' OR 1=1 --"), 0, 9, None, [])]
         for wanted, after, limit, up_to, ids in cases:
             with self.subTest(wanted=wanted, after=after):
-                self.assertEqual([one.id for one in engine.events(wanted, after, limit, up_to)], ids)
+                self.assertEqual([one.id for one in read(engine, wanted, after, limit, up_to)], ids)
 
     def test_a_read_ends_where_payloads_have_filled_its_share_of_memory(self):
         engine = self.engine()
-        engine.write([stored_event(number, payload=json.dumps({"x": "x" * 700000})) for number in range(1, 6)])
-        found, after = [], 0
-        while True:
-            events = engine.events(Filter(), after, 64)
-            if not events:
-                break
-            found.append([one.id for one in events])
-            after = events[-1].id
-        self.assertEqual(found, [[1, 2], [3, 4], [5]])
+        write(engine, [stored_event(number, payload=json.dumps({"x": "x" * 200000})) for number in range(1, 6)])
+        for wanted in (Filter(), Filter(patient_id="PAT-1")):
+            found = [[one.id for one in events] for events in lists(engine, wanted, 0)]
+            self.assertEqual(found, [[1, 2], [3, 4], [5]])
 
     def test_what_is_not_utf_8_is_read_and_never_quoted_in_an_error(self):
         engine = self.engine()
         write_rows(self.database, "INSERT INTO appointment_events VALUES (1, 'scheduled', 'APT-1', 'PAT-1', "
                    "'2025-01-10T14:00:00Z', CAST(x'4a6f686eff' AS TEXT), '2025-01-10T14:00:00Z', NULL, '{}')")
-        self.assertEqual(engine.events(Filter(), 0, 10)[0].notes, "John\ufffd")
-        self.assertEqual(engine.write([stored_event(1, timestamp="2025-01-10T14:00:00Z")])[0].kind,
+        self.assertEqual(read(engine, Filter(), 0, 10)[0].notes, "John\ufffd")
+        self.assertEqual(write(engine, [stored_event(1, timestamp="2025-01-10T14:00:00Z")])[0].kind,
                          "duplicate")
 
     @unittest.skipUnless(POSIX, "Windows moves no open file")
     def test_nothing_is_said_to_be_stored_in_a_file_that_was_moved_away(self):
         engine = self.engine()
-        engine.write([stored_event(1)])
+        write(engine, [stored_event(1)])
         self.database.rename(self.folder / "moved.db")
         self.database.write_bytes(b"")                  # as when a backup is put in its place
-        for call in (lambda: engine.write([stored_event(2)]), engine.probe, lambda: engine.events(Filter(), 0, 1)):
+        for call in (lambda: write(engine, [stored_event(2)]), lambda: probe(engine), lambda: read(engine, Filter(), 0, 1)):
             with self.assertRaisesRegex(StoreUnavailable, "moved or deleted"):
                 call()
         (self.folder / "moved.db").rename(self.database)
-        engine.probe()
-        self.assertEqual(engine.write([stored_event(2)])[0].kind, "stored")
+        probe(engine)
+        self.assertEqual(write(engine, [stored_event(2)])[0].kind, "stored")
 
-    def test_large_payloads_are_the_same_in_any_order_and_small_ones_in_any_number_too(self):
+    def test_contents_that_are_equal_as_json_have_one_digest(self):
         for one, other, same in (('{"a": 1, "b": [2]}', '{"b": [2.0], "a": 1}', True),
                                  ('{"a": 1, "timestamp": "x"}', '{"timestamp": "y", "a": 1}', True),
-                                 ('{"a": 1}', '{"a": true}', False), ("not JSON", "not JSON", True), ("[1]", "[1.0]", False),
+                                 ('{"a": 1}', '{"a": true}', False), ("not JSON", "not JSON", True),
                                  (json.dumps({"a": "x" * 20000, "b": 1}), json.dumps({"b": 1, "a": "x" * 20000}), True),
                                  (json.dumps({"a": "x" * 20000, "b": 1}), json.dumps({"b": 2, "a": "x" * 20000}), False)):
             with self.subTest(one[:30]):
-                self.assertEqual(receiver.same_content(stored_event(1, payload=one), other), same)
+                self.assertEqual(receiver.content_digest(one) == receiver.content_digest(other), same)
 
     def test_an_appointment_is_looked_up_in_the_index_and_a_page_starts_at_its_id(self):
         engine = self.engine()
-        queries = [receiver._select(wanted, 5, 100, None) for wanted in (Filter(appointment_id="APT-1"), Filter())]
-        plans = [str(engine._writer.execute("EXPLAIN QUERY PLAN " + query, values).fetchall())
-                 for query, values in queries]
-        self.assertIn("idx_appointment_timestamp (appointment_id=?)", plans[0])
-        self.assertIn("USING INTEGER PRIMARY KEY (rowid>?)", plans[1])
-        self.assertNotIn("TEMP B-TREE", plans[1])
+        write(engine, [stored_event(1), stored_event(2)])
+        plans = []
+
+        def explain(statement):
+            if statement.startswith("SELECT"):
+                plans.append(str(other.execute("EXPLAIN QUERY PLAN " + statement).fetchall()))
+        with contextlib.closing(sqlite3.connect(str(self.database))) as other:
+            with engine.readers.reading() as one, engine.readers.reading() as two:
+                for connection in (one, two):
+                    connection.set_trace_callback(explain)
+            for wanted in (Filter(), Filter(patient_id="PAT-1"), Filter(appointment_id="APT-1")):
+                list(lists(engine, wanted, 0))
+        self.assertEqual(len(plans), 5)
+        for plan in plans[:3] + plans[4:]:
+            self.assertRegex(plan, r"USING INTEGER PRIMARY KEY \(rowid[>=]\?")
+        self.assertIn("COVERING INDEX idx_appointment_timestamp (appointment_id=?)", plans[3])
         for plan in plans:
             self.assertNotIn("SCAN", plan)
+            self.assertNotIn("TEMP B-TREE", plan)
 
     def test_a_path_means_the_same_file_after_the_program_changed_its_folder(self):
         other = self.folder / "other"
@@ -1291,7 +2112,7 @@ class SQLiteTest(EngineTest):
         engine = SQLite("events.db")
         engine.open()
         self.addCleanup(engine.close)
-        engine.write([stored_event(1)])
+        write(engine, [stored_event(1)])
         os.chdir(other)
         self.assertEqual(engine.last_id(), 1)
         self.assertEqual(list(other.iterdir()), [])
@@ -1303,7 +2124,7 @@ class SQLiteTest(EngineTest):
 
         def filled():
             engine = self.engine()
-            engine.write([stored_event(number) for number in range(200)])
+            write(engine, [stored_event(number) for number in range(200)])
             engine.close()
 
         def damaged():
@@ -1317,7 +2138,7 @@ class SQLiteTest(EngineTest):
             self.database.write_bytes(self.database.read_bytes()[:10000])
 
         def newer():
-            write_rows(self.database, "PRAGMA user_version = 2")
+            write_rows(self.database, "PRAGMA user_version = 3")
 
         def newer_in_wal_mode():
             write_rows(self.database, "PRAGMA journal_mode = WAL")
@@ -1361,50 +2182,442 @@ class SQLiteTest(EngineTest):
             self.refused("read-only")
         self.assertEqual(self.database.read_bytes(), before)
         self.database.chmod(0o644)
-        self.engine().probe()
+        probe(self.engine())
 
     def test_closing_moves_all_into_the_one_file(self):
         engine = self.engine()
-        engine.write([stored_event(number) for number in range(10)])
+        write(engine, [stored_event(number) for number in range(10)])
         engine.close()
         self.assertEqual(list(files(self.folder)), ["events.db"])
         self.assertEqual(rows(self.database), 10)
 
-    def test_closing_while_the_checkpointer_works_does_not_hang(self):
+    def test_closing_while_a_checkpoint_is_made_waits_for_it(self):
         engine, under_way, go_on = self.engine(), threading.Event(), threading.Event()
+        move = engine._checkpoints._move
 
-        def move(connection):
+        def slowly(connection):
             under_way.set()
             go_on.wait(WAIT)
-        engine._checkpointer._move = move
-        engine.write([stored_event(1)])
-        engine._checkpointer._due.set()
-        self.assertTrue(under_way.wait(WAIT))
-        closing = threading.Thread(target=engine.close, daemon=True)
-        closing.start()
-        until(lambda: engine._checkpointer is None or engine._checkpointer._stopping, "the stop")
-        go_on.set()
-        closing.join(WAIT)
+            return move(connection)
+        write(engine, [stored_event(1)])
+        with mock.patch.object(engine._checkpoints, "_move", slowly):
+            engine._checkpoints._due.set()
+            self.assertTrue(under_way.wait(WAIT))
+            closing = threading.Thread(target=engine.close, daemon=True)
+            closing.start()
+            until(lambda: engine._checkpoints._stopping, "the stop")
+            go_on.set()
+            closing.join(WAIT)
         self.assertFalse(closing.is_alive())
+        self.assertEqual(list(files(self.folder)), ["events.db"])
+
+
+class FilesTest(FolderTest):
+    """Two settings that name one file: the log would write into the database, its rotation move it away."""
+
+    def config(self, **settings):
+        (self.folder / "schema.json").write_text("{}")
+        return Config(**{"database": self.database, "schema": self.folder / "schema.json",
+                         "log_file": self.folder / "server.log", **settings})
+
+    def assert_refused(self, config, *words):
+        before = {path: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+        for make in (config.check_files, lambda: WebhookServer(config)):
+            with self.assertRaises(SetupError) as caught:
+                make()
+            for word in words:
+                self.assertIn(word, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+        self.assertEqual({path: path.read_bytes() for path in self.folder.iterdir() if path.is_file()},
+                         before)
+
+    def test_files_that_differ_are_fine(self):
+        self.config().check_files()
+        self.config(log_file="").check_files()
+        self.config(schema="", log_file=os.devnull).check_files()
+        self.config(database=self.folder / "events", log_file=self.folder / "events.log").check_files()
+        self.config(log_file=self.folder / "events", log_backups=3,
+                    database=self.folder / "events.4").check_files()
+
+    def test_a_log_that_is_the_database_or_belongs_to_it_is_refused(self):
+        for ending in ("", "-wal", "-shm", "-journal"):
+            with self.subTest(ending, exists=False):
+                self.assert_refused(self.config(log_file=f"{self.database}{ending}"), "log_file", "database",
+                                    ending)
+        with self.subTest("another spelling"):
+            (self.folder / "sub").mkdir()
+            self.assert_refused(self.config(log_file=self.folder / "sub" / ".." / "events.db"), "log_file",
+                                "database")
+        for ending in ("", "-wal", "-shm", "-journal"):
+            with self.subTest(ending, exists=True):
+                Path(f"{self.database}{ending}").write_bytes(b"x")
+                self.assert_refused(self.config(log_file=f"{self.database}{ending}"), "log_file", "database")
+
+    def test_a_database_that_the_logs_rotation_would_write_over_is_refused(self):
+        log = self.folder / "events"
+        for number in (1, 5):
+            with self.subTest(number):
+                config = self.config(log_file=log, database=f"{log}.{number}")
+                self.assert_refused(config, "log_file", "database", f"events.{number}")
+        self.config(log_file=log, database=f"{log}.6").check_files()
+        self.assert_refused(self.config(log_file=log, database=f"{log}.6", log_backups=6), f"events.6")
+        self.assert_refused(self.config(log_file=log, schema=f"{log}.1"), f"events.1")
+
+    def test_the_schema_and_the_program_are_no_place_for_a_log_or_a_database(self):
+        for setting in ("log_file", "database"):
+            self.assert_refused(self.config(**{setting: self.folder / "schema.json"}), setting, "schema")
+            self.assert_refused(self.config(schema="", **{setting: receiver.DEFAULT_SCHEMA_FILE}), setting,
+                                "schema")
+            self.assert_refused(self.config(**{setting: PROGRAM}), setting, "this program")
+
+    @unittest.skipUnless(POSIX, "links need no privilege")
+    def test_links_of_both_kinds_hide_nothing(self):
+        soft, hard = self.folder / "soft", self.folder / "hard"
+        soft.symlink_to(self.database)
+        self.assert_refused(self.config(log_file=soft), "log_file", "database")
+        self.assert_refused(self.config(log_file=f"{self.database}-wal", database=soft), "log_file",
+                            "database")
+        self.database.write_bytes(b"")
+        os.link(self.database, hard)
+        self.assert_refused(self.config(log_file=hard), "log_file", "database")
+        (self.folder / "folder").symlink_to(self.folder)
+        self.assert_refused(self.config(log_file=self.folder / "folder" / "events.db-shm"), "log_file",
+                            "database")
+        other = self.folder / "other.log"
+        other.symlink_to(self.folder / "elsewhere.log")
+        self.config(log_file=other).check_files()
+
+    def test_a_folder_is_no_file_and_a_folder_that_is_missing_is_named(self):
+        for setting in ("database", "log_file", "schema"):
+            with self.subTest(setting):
+                self.assert_refused(self.config(**{setting: self.folder}), setting, str(self.folder),
+                                    "is a folder")
+                none = self.folder.resolve() / "none"
+                self.assert_refused(self.config(**{setting: none / "x"}), setting,
+                                    f"the folder {none} does not exist; make it first")
+        (self.folder / "none").mkdir()
+        self.config(database=self.folder / "none" / "x").check_files()
+        self.config(database=self.folder / ("x" * 300) / "x").check_files()     # who opens it says it better
+
+    def test_a_setting_that_comes_later_is_looked_after_when_it_is_declared_a_file(self):
+        @dataclasses.dataclass(frozen=True)
+        class Later(Config):
+            clients: str = receiver._file("", "who may send", receiver._optional_text,
+                                          beside=lambda config: (".new",))
+        Later(database=self.database, clients=self.folder / "clients").check_files()
+        for wrong in (self.database, f"{self.database}-wal", self.folder):
+            with self.subTest(str(wrong)), self.assertRaisesRegex(SetupError, "clients"):
+                Later(database=self.database, clients=wrong).check_files()
+        with self.assertRaisesRegex(SetupError, "clients.*log_file.*clients.new|clients.new.*log_file"):
+            Later(log_file=self.folder / "clients.new", clients=self.folder / "clients").check_files()
+
+    def test_the_person_at_the_keyboard_reads_flags(self):
+        code, out, err = self.program("--database", "events.db", "--log-file", "events.db")
+        self.assertEqual((code, out), (2, ""))
+        self.assertEqual(err, "webhook_server.py: --log-file: events.db belongs to --database (events.db); "
+                              "name another file\n")
+        self.assertEqual(list(self.folder.iterdir()), [])
+
+
+class LeftWALTest(EngineTest):
+    """A -wal that was left by a crash."""
+    CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_webhook_server as tests
+engine = tests.SQLite(sys.argv[2])
+engine.open()
+exec(sys.argv[3])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+    def crash(self, code):
+        """A process that opens the database, does something, and is killed."""
+        subprocess.run([sys.executable, "-c", self.CHILD, str(HERE), str(self.database), code], check=False)
+
+    def store(self, *numbers):
+        return f"tests.write(engine, [tests.stored_event(n) for n in range{numbers}])\n"
+
+    def age(self, seconds):
+        """Make -wal and -shm look older."""
+        for name in ("events.db-wal", "events.db-shm"):
+            then = time.time() - seconds
+            os.utime(self.folder / name, (then, then))
+
+    @unittest.skipUnless(POSIX, "kill -9")
+    def test_a_copy_that_was_restored_beside_the_wal_of_a_newer_state_is_refused(self):
+        engine = self.engine()
+        write(engine, [stored_event(number) for number in range(10)])
+        engine.close()
+        first = self.database.read_bytes()
+        self.crash(self.store(10, 100) + "engine.checkpoint()\n")
+        self.engine().close()
+        second = self.database.read_bytes()
+        rollback = self.folder / "rollback.db"
+        rollback.write_bytes(second)
+        write_rows(rollback, "PRAGMA journal_mode = DELETE")
+        self.crash(self.store(100, 140))
+        crashed = {path.name: path.read_bytes() for path in self.folder.glob("events.db-*")}
+        for content, words in ((first, "lacks pages"), (rollback.read_bytes(), "of another kind"),
+                               (second, "was written by something else"), (b"", "is empty")):
+            with self.subTest(words):
+                for name, data in crashed.items():
+                    (self.folder / name).write_bytes(data)
+                self.database.write_bytes(content)
+                self.age(600)
+                before = files(self.folder)
+                text = self.refused(words)
+                self.assertIn("move events.db-wal and events.db-shm away", text)
+                self.assertEqual(files(self.folder)["events.db"], before["events.db"])
+                self.assertEqual(files(self.folder)["events.db-wal"], before["events.db-wal"])
+                for name in crashed:
+                    (self.folder / name).unlink()
+                self.assertEqual(self.engine().count(), {first: 10, b"": 0}.get(content, 100))
+                self.doCleanups()
+                self.folder.mkdir(exist_ok=True)
+
+    @unittest.skipUnless(POSIX, "kill -9")
+    def test_a_change_counter_from_outside_of_the_wal_is_noticed(self):
+        self.crash(self.store(0, 5) + "engine.checkpoint()\n" + self.store(5, 100))
+        for change, words in ((-2, "older"), (+50, "newer")):
+            with self.subTest(words):
+                data = bytearray(self.database.read_bytes())
+                counter = int.from_bytes(data[24:28], "big")
+                data[24:28] = (counter + change).to_bytes(4, "big")
+                self.database.write_bytes(data)
+                self.refused(words)
+                data[24:28] = counter.to_bytes(4, "big")
+                self.database.write_bytes(data)
+        self.assertEqual(self.engine().count(), 100)
+
+    @unittest.skipUnless(POSIX, "kill -9")
+    def test_a_crash_at_any_moment_a_copy_of_the_folder_and_new_rights_raise_no_alarm(self):
+        code = ("import random, threading\n"
+                "tests.receiver._Checkpoints.SECONDS, tests.receiver._Checkpoints.BULK = 0.001, {bulk}\n"
+                "tests.receiver._Checkpoints.LONG = {long}\n"
+                "threading.Timer({after}, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
+                "for n in range({at}, 10 ** 6):\n"
+                "    tests.write(engine, [tests.stored_event(f'{{n}}-{{m}}') for m in range({size})])\n"
+                "    print(n, flush=True)")
+        stored, at = 0, 0
+        for turn in range(10):
+            text = code.format(after=0.02 * (turn % 5) + 0.003 * turn, at=at, bulk=(1, 20, 2000)[turn % 3],
+                               long=(5, 8192)[turn % 2], size=(1, 30)[turn % 2])
+            out = subprocess.run([sys.executable, "-c", self.CHILD, str(HERE), str(self.database), text],
+                                 stdout=subprocess.PIPE, check=False).stdout.split()
+            stored += len(out) * (1, 30)[turn % 2]
+            at += len(out) + 1
+            if turn % 3 == 1:
+                copy = self.folder / f"copy{turn}"
+                copy.mkdir()
+                subprocess.run(f"cp events.db* {copy}", shell=True, check=True, cwd=self.folder)
+                self.database = copy / "events.db"
+                self.folder = copy
+            elif turn % 3 == 2:
+                subprocess.run("chmod 660 events.db*", shell=True, check=True, cwd=self.folder)
+            if turn % 4 == 3:
+                engine = self.engine()
+                self.assertGreaterEqual(engine.count(), stored)
+                engine.close()
+        self.assertGreaterEqual(self.engine().count(), stored)
+        self.assertGreater(stored, 0)
+
+
+class CheckpointTest(EngineTest):
+
+    def frames(self, engine):
+        """(frames in the WAL, those of them that are moved) by what -shm says."""
+        index = engine.files.index()
+        return index.frames, index.moved
+
+    def test_what_is_committed_is_moved_and_the_wal_started_anew(self):
+        engine = self.engine()
+        for number in range(3):
+            write(engine, [stored_event(f"{number}-{at}") for at in range(100)])
+            frames, moved = self.frames(engine)
+            self.assertEqual((frames > 0, moved), (True, 0))
+            engine.checkpoint()
+            self.assertEqual(self.frames(engine), (frames, frames))
+        write(engine, [stored_event("anew")])
+        self.assertLess(self.frames(engine)[0], frames)
+
+    def test_a_checkpoint_is_due_when_enough_is_committed_and_comes_by_itself(self):
+        engine = self.engine()
+        with mock.patch.object(receiver._Checkpoints, "BULK", 10):
+            self.assertFalse(engine.checkpoint_due())
+            write(engine, [stored_event(number, payload="x" * 9000) for number in range(10)])
+            until(lambda: self.frames(engine)[1] >= 10, "a checkpoint")
+            self.assertFalse(engine.checkpoint_due())
+            write(engine, [stored_event("rest")])
+            until(lambda: self.frames(engine)[0] == self.frames(engine)[1] or not write(
+                engine, [stored_event("rest")]), "the rest, moved by the writer")
+
+    def test_nothing_is_moved_beside_a_commit_when_there_is_nothing_to_move(self):
+        engine, statements = self.engine(), []
+        engine._checkpoints.stop()
+        write(engine, [stored_event(1)])
+        engine._checkpoints.connection.set_trace_callback(statements.append)
+        engine.writer.set_trace_callback(statements.append)
+        for _ in range(3):
+            engine.checkpoint()
+        self.assertEqual(statements, ["PRAGMA wal_checkpoint(PASSIVE)"])
+        with engine.transaction():
+            pass
+        engine.checkpoint()
+        self.assertEqual(statements.count("PRAGMA wal_checkpoint(PASSIVE)"), 1)
+        write(engine, [stored_event(2)])
+        engine.checkpoint()
+        self.assertEqual(statements.count("PRAGMA wal_checkpoint(PASSIVE)"), 2)
+
+    def test_a_reader_of_another_program_holds_back_the_wal_and_nobody_turns_round_in_vain(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT * FROM appointment_events").fetchone()
+            with mock.patch.multiple(receiver._Checkpoints, BULK=10, LONG=20, SECONDS=WAIT):
+                engine._checkpoints.stop()
+                for number in range(2, 60):
+                    write(engine, [stored_event(number, payload="x" * 9000)])
+                self.assertTrue(engine.checkpoint_due())
+                engine.checkpoint()
+                self.assertFalse(engine.checkpoint_due())
+                self.assertLess(self.frames(engine)[1], self.frames(engine)[0])
+        engine.checkpoint()
+        frames, moved = self.frames(engine)
+        self.assertEqual(frames, moved)
+
+    def test_readers_that_overlap_without_end_do_not_let_the_wal_grow(self):
+        engine, stop = self.engine(), threading.Event()
+        write(engine, [stored_event(f"old-{number}") for number in range(3000)])
+        limit = 300
+
+        def scan():
+            while not stop.is_set():
+                for _ in lists(engine, Filter(patient_id="nobody"), 0):
+                    pass
+        threads = [threading.Thread(target=scan, daemon=True) for _ in range(4)]
+        largest = 0
+        with mock.patch.multiple(receiver._Checkpoints, BULK=50, LONG=limit):
+            for thread in threads:
+                thread.start()
+            for number in range(500):
+                write(engine, [stored_event(f"{number}-{at}", payload="x" * 4000) for at in range(10)])
+                largest = max(largest, self.frames(engine)[0])
+            stop.set()
+            for thread in threads:
+                thread.join(WAIT)
+        written = 500 * 10
+        self.assertLess(largest, written / 2)
+        self.assertLess(os.path.getsize(str(self.database) + "-wal"), written * 4096)
+
+
+class ScanTest(EngineTest):
+
+    def counted(self, engine, wanted):
+        """(ids, how much SQLite had to do for each read, in thousands of its steps, all of it)."""
+        ticks, all_ticks, found = [0], [], []
+        with engine.readers.reading() as one, engine.readers.reading() as two:
+            for connection in (one, two):
+                connection.set_progress_handler(lambda: ticks.__setitem__(0, ticks[0] + 1), 1000)
+        for events in lists(engine, wanted, 0):
+            found += [event.id for event in events]
+            all_ticks.append(ticks[0])
+            ticks[0] = 0
+        return found, max(all_ticks), sum(all_ticks)
+
+    def test_a_filter_that_fits_nothing_looks_at_a_bounded_number_of_rows_in_each_read(self):
+        engine = self.engine()
+        write(engine, [stored_event(number) for number in range(20000)])
+        for wanted in (Filter(patient_id="nobody"), Filter(event_type="none"), Filter(until="1999"),
+                       Filter(since="3000")):
+            steps = list(lists(engine, wanted, 0))
+            self.assertEqual(steps, [[]] * 5)           # of 5,000 each, and one to see that there is no more
+            found, most, _ = self.counted(engine, wanted)
+            self.assertEqual(found, [])
+            self.assertLess(most, 100)
+
+    def test_gaps_between_ids_of_any_size_cost_nothing(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        write_rows(self.database, "UPDATE sqlite_sequence SET seq = 9000000000000000000")
+        write(engine, [stored_event(2, patient_id="PAT-2")])
+        steps = list(lists(engine, Filter(patient_id="PAT-2"), 0))
+        self.assertEqual([[event.id for event in events] for events in steps], [[9000000000000000001]])
+
+    def test_the_events_of_one_appointment_cost_in_proportion_to_their_number(self):
+        engine, costs = self.engine(), []
+        for number in (1000, 4000):
+            write(engine, [stored_event(number, timestamp=f"{9999 - at}-01-01T00:00:00Z") for at in range(number)])
+            found, _, cost = self.counted(engine, Filter(appointment_id=f"APT-{number}"))
+            self.assertEqual((len(found), found), (number, sorted(found)))
+            costs.append(cost)
+        self.assertLess(costs[1], 6 * costs[0] + 20)
+
+    def test_an_appointment_with_more_events_than_are_kept_at_a_time_comes_whole_and_in_order(self):
+        engine = self.engine()
+        write(engine, [stored_event(at % 2, timestamp=f"{9999 - at}-01-01T00:00:00Z",
+                                    patient_id=f"PAT-{at % 3}") for at in range(1000)])
+        whole = [event.id for event in read(engine, Filter(), 0, 2000) if event.appointment_id == "APT-1"]
+        with mock.patch.multiple(receiver._AppointmentScan, ENTRIES=30, KEPT=70):
+            for after, up_to in ((0, None), (100, 900)):
+                wanted = [one for one in whole if after < one <= (up_to or 2000)]
+                steps = list(lists(engine, Filter(appointment_id="APT-1"), after, up_to))
+                self.assertEqual([event.id for events in steps for event in events], wanted)
+            found = read(engine, Filter(appointment_id="APT-1", patient_id="PAT-1"), 0, 2000)
+            self.assertEqual({event.patient_id for event in found}, {"PAT-1"})
+            self.assertEqual(list(lists(engine, Filter(appointment_id="nobody"), 0)), [])
+
+    def test_events_are_counted_while_the_file_is_small(self):
+        engine = self.engine()
+        self.assertEqual((engine.is_new, engine.count(), engine.last_id()), (True, 0, 0))
+        write(engine, [stored_event(number) for number in range(5)])
+        write_rows(self.database, "DELETE FROM appointment_events WHERE id = 2")
+        self.assertEqual((engine.count(), engine.is_small()), (4, True))
+        with mock.patch.object(SQLite, "FULL_CHECK_BYTES", 10):
+            self.assertEqual((engine.count(), engine.is_small()), (5, False))
+        self.assertFalse(self.engine().is_new)
+
+    def test_one_event_is_read_by_its_id(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        self.assertEqual(engine.event(1), stored_event(1)._replace(id=1))
+        self.assertIsNone(engine.event(2))
 
 
 class Asked(Submission):
-    """A submission that remembers its outcomes."""
+    """A submission that remembers its outcomes, and tells `told` of each: (appointment_id, kind)."""
 
-    def __init__(self, made, arrived=None):
+    def __init__(self, made, arrived=None, lane=None, told=None, digest=None):
         self.event, self.arrived = made, time.monotonic() if arrived is None else arrived
-        self.outcomes = []
+        self.lane, self.digest, self.told = lane, digest, told
+        self.outcomes, self.threads = [], []
 
     def done(self, outcome):
+        self.threads.append(threading.current_thread())
         self.outcomes.append(outcome)
+        if self.told is not None:
+            self.told.append((self.event.appointment_id, outcome.kind))
+
+
+def asked(*numbers, **options):
+    """A submission for each number."""
+    return [Asked(stored_event(number), **options) for number in numbers]
+
+
+def large(number, text="x"):
+    """An event whose payload is too large to be compared in a transaction."""
+    return stored_event(number, payload=json.dumps({"notes": text * MEGABYTE}))
 
 
 class StoreTest(EngineTest):
 
-    def store(self, busy_timeout=0.3, **settings):
+    def store(self, busy_timeout=0.3, started=True, **settings):
         store = Store(SQLite(str(self.database)), busy_timeout, **settings)
-        store.engine.open()
+        store.open()
         self.addCleanup(store.stop)
+        if started:
+            store.start()
         return store
 
     def locked(self):
@@ -1414,21 +2627,74 @@ class StoreTest(EngineTest):
         other.execute("BEGIN IMMEDIATE")
         return other
 
+    def transactions(self, store):
+        """Counts the transactions of a store from now on."""
+        patch = mock.patch.object(store.engine, "transaction", wraps=store.engine.transaction)
+        self.addCleanup(patch.stop)
+        return patch.start()
+
+    def broken(self, store, error):
+        """Every transaction fails with `error` until stop() of what this gives is called."""
+        patch = mock.patch.object(store.engine, "transaction", side_effect=error)
+        patch.start()
+        self.addCleanup(mock.patch.stopall)
+        return patch
+
+    def fails_in_turn(self, store, *errors):
+        """The next transactions raise these, one each; None is one that works, as all do afterwards."""
+        left, transaction = list(errors), store.engine.transaction
+
+        def next_one(wait):
+            error = left.pop(0) if left else None
+            if error is not None:
+                raise error
+            return transaction(wait)
+        patch = mock.patch.object(store.engine, "transaction", next_one)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def all_quick(self):
+        """However busy this machine is, no commit counts as slow."""
+        patch = mock.patch.object(receiver, "SLOW_COMMIT", WAIT)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def blocked(self, store):
+        """The writer at work until the event that this gives is set."""
+        begun, go_on = threading.Event(), threading.Event()
+        thread = threading.Thread(target=store.do, args=(lambda session: (begun.set(), go_on.wait(WAIT)),))
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(go_on.set)
+        self.assertTrue(begun.wait(WAIT))
+        return go_on
+
+    # -- the queue
+
     def test_all_that_wait_are_committed_at_once_and_told_in_order(self):
-        store, told = self.store(), []
-        asked = [Asked(stored_event(number)) for number in range(100)]
-        for one in asked:
-            one.done = lambda outcome, one=one: told.append((one, outcome.event_id, rows(self.database)))
+        store, told = self.store(started=False), []
+        for number in range(100):
+            one = Asked(stored_event(number))
+            one.done = lambda outcome: told.append((outcome.event_id, rows(self.database)))
             store.submit(one)
-        with mock.patch.object(store.engine, "write", wraps=store.engine.write) as write:
-            store.start()
-            store.settle()
-        self.assertEqual(told, [(one, number, 100) for number, one in enumerate(asked, 1)])
-        self.assertEqual(write.call_count, 1)
+        transactions = self.transactions(store)
+        store.start()
+        store.settle()
+        self.assertEqual(told, [(number, 100) for number in range(1, 101)])
+        self.assertEqual(transactions.call_count, 1)
+
+    def test_a_group_has_at_most_512_events(self):
+        store, group = self.store(started=False), asked(*range(1100))
+        for one in group:
+            store.submit(one)
+        transactions = self.transactions(store)
+        store.start()
+        store.settle()
+        self.assertEqual([one.outcomes for one in group], [[Outcome("stored", at)] for at in range(1, 1101)])
+        self.assertEqual(transactions.call_count, 3)
 
     def test_add_waits_for_its_own_outcome(self):
         store = self.store()
-        store.start()
         self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
         self.assertEqual(store.add(stored_event(1)), Outcome("duplicate", 1, True))
         self.assertEqual(store.add(stored_event(2, patient_id=None)).kind, "failed")
@@ -1436,7 +2702,6 @@ class StoreTest(EngineTest):
 
     def test_one_key_from_16_threads_is_stored_once(self):
         store, outcomes = self.store(), []
-        store.start()
 
         def add():
             for number in range(20):
@@ -1450,77 +2715,689 @@ class StoreTest(EngineTest):
         self.assertEqual((found.count("stored"), found.count("duplicate")), (20, 300))
         self.assertEqual(rows(self.database), 20)
 
+    def test_settle_writes_nothing(self):
+        store = self.store()
+        transactions = self.transactions(store)
+        store.settle()
+        self.assertEqual(transactions.call_count, 0)
+
     def test_on_stored_follows_the_commit_in_order_and_only_for_what_is_new(self):
         heard = []
         store = self.store(on_stored=heard.append)
-        store.start()
         outcomes = [store.add(stored_event(number)) for number in (1, 2, 1, 3)]
-        store.settle()
-        self.assertEqual([(one.id, one.appointment_id) for one in heard],
+        store.lead(asked(4, 3, 5))
+        self.assertEqual([(one.id, one.appointment_id) for one in heard][:3],
                          [(1, "APT-1"), (2, "APT-2"), (outcomes[3].event_id, "APT-3")])
+        self.assertEqual([one.appointment_id for one in heard][3:], ["APT-4", "APT-5"])
+
+    def test_on_stored_has_the_order_of_the_commits_whoever_makes_them(self):
+        heard, led = [], itertools.count(1000)
+        store = self.store(on_stored=lambda event: heard.append(event.id))
+        adding = [threading.Thread(target=lambda base=base: [store.add(stored_event(base + number))
+                                                              for number in range(50)]) for base in (0, 50)]
+        for thread in adding:
+            thread.start()
+        while any(thread.is_alive() for thread in adding):
+            store.lead(asked(next(led), next(led)))
+        store.settle()
+        self.assertEqual(heard, sorted(heard))
+        self.assertEqual(len(heard), rows(self.database))
+
+    def test_no_commit_overtakes_an_on_stored_that_takes_its_time(self):
+        begun, go_on, heard = threading.Event(), threading.Event(), []
+        self.addCleanup(go_on.set)
+        store = self.store(WAIT, on_stored=lambda event: (begun.set(), go_on.wait(WAIT), heard.append(event.id)))
+        leading = threading.Thread(target=store.lead, args=(asked(1),))
+        leading.start()
+        self.assertTrue(begun.wait(WAIT))
+        store.submit(*asked(2))
+        until(lambda: store._committer._turns._next.locked() or rows(self.database) == 2, "the writer")
+        self.assertEqual(rows(self.database), 1)
+        go_on.set()
+        leading.join(WAIT)
+        until(lambda: heard == [1, 2])
+
+    # -- leading
+
+    def test_who_leads_commits_once_and_tells_each_in_order_before_going_on(self):
+        store, told = self.store(), []
+        transactions = self.transactions(store)
+        group = asked(1, 2, 1, 3, told=told)
+        store.lead(group)
+        self.assertEqual(told, [("APT-1", "stored"), ("APT-2", "stored"), ("APT-1", "duplicate"), ("APT-3", "stored")])
+        self.assertEqual({thread for one in group for thread in one.threads}, {threading.current_thread()})
+        self.assertEqual(transactions.call_count, 1)
+
+    def test_who_leads_makes_several_groups_of_very_many(self):
+        store, group = self.store(), asked(*range(600))
+        self.all_quick()
+        transactions = self.transactions(store)
+        store.lead(group)
+        self.assertEqual([one.outcomes for one in group], [[Outcome("stored", at)] for at in range(1, 601)])
+        self.assertEqual(transactions.call_count, 2)
+
+    def test_who_meets_a_lock_in_the_midst_hands_over_only_the_rest(self):
+        self.all_quick()
+        store, told = self.store(WAIT), []
+        self.fails_in_turn(store, None, StoreLocked("locked"), StoreLocked("locked"))
+        store.lead(asked(*range(1600), told=told))
+        self.assertLessEqual(512, len(told))
+        until(lambda: len(told) == 1600)
+        self.assertEqual(told, [(f"APT-{number}", "stored") for number in range(1600)])
+
+    def led_by_caller(self, store, number):
+        """Whether a group is committed by who leads it (or, False, by the writer)."""
+        one, = asked(number)
+        store.lead([one])
+        until(lambda: one.outcomes)
+        self.assertEqual(one.outcomes[0].kind, "stored")
+        return one.threads == [threading.current_thread()]
+
+    def test_a_locked_database_is_left_to_the_writer_until_it_is_quick_again(self):
+        self.all_quick()
+        store, told = self.store(WAIT), []
+        self.assertTrue(self.led_by_caller(store, 0))
+        other = self.locked()
+        store.lead(asked(1, 2, 3, told=told))
+        tries, transaction = [], store.engine.transaction
+
+        def noted(wait):
+            tries.append(threading.current_thread())
+            return transaction(wait)
+        patch = mock.patch.object(store.engine, "transaction", noted)
+        patch.start()
+        self.addCleanup(patch.stop)
+        store.lead(asked(4, 5, told=told))              # no further try of its own
+        self.assertNotIn(threading.current_thread(), tries)
+        store.submit(*asked(6, told=told))
+        store.lead(asked(7, told=told))
+        self.assertEqual(told, [])
+        other.close()
+        until(lambda: len(told) == 7)
+        self.assertEqual(told, [(f"APT-{number}", "stored") for number in range(1, 8)])
+        self.assertEqual(rows(self.database, "SELECT group_concat(appointment_id) FROM appointment_events"),
+                         ",".join(f"APT-{number}" for number in range(8)))
+        self.assertTrue(self.led_by_caller(store, 8))
+
+    def test_a_slow_disk_is_left_to_the_writer_until_it_is_quick_again(self):
+        store = self.store()
+        with mock.patch.object(receiver, "SLOW_COMMIT", -1):
+            self.assertTrue(self.led_by_caller(store, 1))
+            self.assertFalse(self.led_by_caller(store, 2))
+            self.assertFalse(self.led_by_caller(store, 3))
+        self.all_quick()
+        self.assertFalse(self.led_by_caller(store, 4))
+        self.assertTrue(self.led_by_caller(store, 5))
+
+    def test_who_leads_waits_a_moment_for_its_turn_and_else_goes_on_reading(self):
+        self.all_quick()
+        store, told = self.store(), []
+        go_on = self.blocked(store)
+        for number in range(1, 4):
+            store.lead(asked(number, told=told))
+        self.assertEqual(told, [])
+        go_on.set()
+        until(lambda: len(told) == 3)
+        self.assertEqual(told, [(f"APT-{number}", "stored") for number in range(1, 4)])
+        self.assertTrue(self.led_by_caller(store, 4))
+
+    def test_what_breaks_for_who_leads_is_told_by_the_writer(self):
+        self.all_quick()
+        troubles = []
+        store, group = self.store(on_trouble=troubles.append), asked(1, 2)
+        broken = self.broken(store, StoreUnavailable("the disk is full"))
+        store.lead(group)
+        until(lambda: group[-1].outcomes)
+        self.assertEqual([str(one.outcomes[0].error) for one in group], ["the disk is full"] * 2)
+        self.assertNotIn(threading.current_thread(), group[0].threads)
+        broken.stop()
+        self.assertFalse(self.led_by_caller(store, 3))
+        self.assertTrue(self.led_by_caller(store, 4))
+        self.assertEqual(troubles, ["the disk is full", ""])
+
+    def test_works_get_their_turn_between_groups_that_are_led_without_pause(self):
+        store, numbers, ended = self.store(), itertools.count(), threading.Event()
+
+        def lead():
+            while not ended.is_set():
+                store.lead(asked(next(numbers)))
+        leading = threading.Thread(target=lead)
+        leading.start()
+        try:
+            for number in range(50):
+                self.assertEqual(store.do(lambda session, number=number: number), number)
+        finally:
+            ended.set()
+            leading.join()
+
+    # -- locks
 
     def test_a_short_lock_of_another_program_is_waited_for_and_is_no_trouble(self):
         troubles = []
-        store, other = self.store(WAIT, on_trouble=troubles.append), self.locked()
-        asked = Asked(stored_event(1))
-        store.submit(asked)
-        with mock.patch.object(store.engine, "write", wraps=store.engine.write) as write:
-            store.start()
-            until(lambda: write.call_count > 1, "a second try")
+        store, other = self.store(WAIT, started=False, on_trouble=troubles.append), self.locked()
+        one, = asked(1)
+        store.submit(one)
+        transactions = self.transactions(store)
+        store.start()
+        until(lambda: transactions.call_count > 1, "a second try")
         other.close()
-        self.assertEqual(until(lambda: asked.outcomes), [Outcome("stored", 1)])
+        self.assertEqual(until(lambda: one.outcomes), [Outcome("stored", 1)])
         self.assertEqual(troubles, [])
 
     def test_a_long_lock_fails_after_the_busy_timeout_and_service_comes_back(self):
         troubles = []
         store, other = self.store(0.2, on_trouble=troubles.append), self.locked()
-        store.start()
         outcome = store.add(stored_event(1))
         self.assertEqual(outcome.kind, "failed")
         self.assertIsInstance(outcome.error, StoreLocked)
-        self.assertIn("locked", store.probe())
+        self.assertIn("locked", store.health(WAIT))
         other.close()
         self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
-        self.assertEqual(store.probe(), "")
+        until(lambda: store.health() == "")
         self.assertEqual([bool(trouble) for trouble in troubles], [True, False])
 
     def test_under_a_lock_only_those_who_waited_long_enough_are_failed(self):
-        store, other = self.store(WAIT), self.locked()
-        old, new = Asked(stored_event(1), time.monotonic() - WAIT - 1), Asked(stored_event(2))
-        self.assertEqual(store._write([old, new]), [new])
-        self.assertEqual((old.outcomes[0].kind, new.outcomes), ("failed", []))
+        store, other = self.store(WAIT, started=False), self.locked()
+        now = time.monotonic()
+        old, new = Asked(stored_event(1), now - WAIT - 1), Asked(stored_event(2), now)
+        store.submit(old)
+        store.submit(new)
+        transactions = self.transactions(store)
+        store.start()
+        self.assertIsInstance(until(lambda: old.outcomes)[0].error, StoreLocked)
+        tries = transactions.call_count
+        until(lambda: transactions.call_count > tries + 2)
+        self.assertEqual(new.outcomes, [])
         other.close()
-        self.assertEqual(store._write([new]), [])
-        self.assertEqual(new.outcomes, [Outcome("stored", 1)])
+        self.assertEqual(until(lambda: new.outcomes), [Outcome("stored", 1)])
+
+    def test_the_busy_timeout_may_be_long_and_counts_from_when_the_event_was_ready(self):
+        for waited, kind in ((100, "stored"), (121, "failed")):
+            with self.subTest(waited):
+                store, other = self.store(120, started=False), self.locked()
+                one = Asked(stored_event(waited), time.monotonic() - waited)
+                store.submit(one)
+                transactions = self.transactions(store)
+                store.start()
+                until(lambda: one.outcomes or transactions.call_count > 5)
+                other.close()
+                self.assertEqual(until(lambda: one.outcomes)[0].kind, kind)
+
+    def test_a_group_that_met_a_lock_keeps_its_order_however_often_it_is_tried(self):
+        store, other, told = self.store(WAIT), self.locked(), []
+        transactions = self.transactions(store)
+        for number in range(12):
+            tries = transactions.call_count
+            store.submit(*asked(number, told=told))
+            until(lambda: transactions.call_count > tries)
+        other.close()
+        until(lambda: len(told) == 12)
+        names = [f"APT-{number}" for number in range(12)]
+        self.assertEqual([name for name, _ in told], names)
+        self.assertEqual([name for name, in rows(self.database, "SELECT appointment_id FROM appointment_events "
+                                                                "ORDER BY id")], names)
+        self.assertEqual(store._pause, receiver.LOCK_STEPS[0], "the next lock finds short sleeps again")
+
+    def test_no_lock_of_ours_is_held_between_two_tries(self):
+        store, other = self.store(WAIT), self.locked()
+        one, = asked(1)
+        with mock.patch.object(receiver, "LOCK_STEPS", (WAIT, WAIT)):
+            store._pause = WAIT                         # the writer sleeps as long as the test may take
+            transactions = self.transactions(store)
+            store.submit(one)
+            until(lambda: transactions.call_count)
+            other.close()
+            store._committer.quick = True
+            until(lambda: store.lead(asked(2)) or rows(self.database) == 1)
+        self.assertEqual(one.outcomes, [])
+        store._stopped = True                           # nobody waits for that sleep
+        store.engine.close()
+
+    # -- callbacks
+
+    def test_an_answer_that_raises_costs_its_neighbours_nothing(self):
+        for lead in (True, False):
+            for error in (ValueError("a bug"), SystemExit(1)):
+                with self.subTest(lead=lead, error=error):
+                    told = []
+                    store = self.store(on_error=told.append)
+                    group = asked(*(f"{lead}-{error}-{number}" for number in range(3)))
+                    group[1].done = mock.Mock(side_effect=error)
+                    if lead:
+                        store.lead(group)
+                    else:
+                        for one in group:
+                            store.submit(one)
+                    store.settle()
+                    self.assertEqual([one.outcomes[0].kind for one in group[::2]], ["stored", "stored"])
+                    self.assertEqual((told, group[1].done.call_count), (["done"], 1))
+                    self.assertEqual(store.add(stored_event(f"{lead}-{error}")).kind, "stored")
+
+    def test_callbacks_that_raise_stop_nobody(self):
+        told = []
+        store = self.store(0, on_stored=mock.Mock(side_effect=SystemExit(1)), on_error=told.append,
+                           on_trouble=mock.Mock(side_effect=ValueError("a bug")))
+        other = self.locked()
+        self.assertEqual(store.add(stored_event(1)).kind, "failed")
+        other.close()
+        self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
+        store.lead(asked(2))
+        store.settle()
+        self.assertEqual(sorted(told), ["on_stored", "on_stored", "on_trouble", "on_trouble"])
 
     def test_whatever_breaks_nobody_waits_for_ever(self):
-        for error in (sqlite3.OperationalError("disk I/O error"), sqlite3.DatabaseError("malformed"), MemoryError(),
-                      RuntimeError("a bug")):
+        for error in (StoreUnavailable("disk I/O error"), MemoryError(), RuntimeError("a bug")):
             with self.subTest(repr(error)):
                 store = self.store()
-                store.start()
-                with mock.patch.object(store.engine, "_insert_all", side_effect=error):
-                    outcome = store.add(stored_event(repr(error)))
-                self.assertEqual(outcome.kind, "failed")
-                self.assertEqual(isinstance(outcome.error, StoreUnavailable), isinstance(error, sqlite3.Error))
+                broken = self.broken(store, error)
+                self.assertEqual(store.add(stored_event(repr(error))), Outcome("failed", error=error))
+                with self.assertRaises(type(error)):
+                    store.do(lambda session: None)
+                self.assertIn(str(error), store.health(WAIT))
+                broken.stop()
                 self.assertEqual(store.add(stored_event(repr(error))).kind, "stored")
 
-    def test_a_damaged_page_is_trouble_of_the_store_and_not_of_a_row(self):
-        store = self.store()
-        connection = mock.Mock(wraps=store.engine._writer, in_transaction=True)
-        connection.execute.side_effect = sqlite3.DatabaseError("database disk image is malformed")
-        with self.assertRaises(sqlite3.DatabaseError):
-            store.engine._insert(connection, [stored_event(1)])
+    # -- works
 
-    def test_a_stop_commits_all_that_was_submitted(self):
+    def test_a_work_gives_its_result_once_it_is_on_disk(self):
         store = self.store()
-        asked = [Asked(stored_event(number)) for number in range(700)]
-        for one in asked:
+
+        def work(session):
+            session.execute("UPDATE appointment_events SET notes = ? WHERE id = ?", ("changed", 1))
+            return "result"
+        store.add(stored_event(1))
+        self.assertEqual(store.do(work), "result")
+        self.assertEqual(rows(self.database, "SELECT notes FROM appointment_events"), "changed")
+
+    def test_works_and_events_keep_their_order_in_one_transaction(self):
+        store, seen = self.store(started=False), []
+
+        def count(session):
+            seen.append(session.execute("SELECT count(*) FROM appointment_events").fetchone()[0])
+        group = asked(1, 2, 3)
+        group[1:1] = [receiver._Waiting(work=count), receiver._Waiting()]
+        group.append(receiver._Waiting(work=count))
+        for one in group:
+            store.submit(one)
+        transactions = self.transactions(store)
+        store.start()
+        group[-1].wait()
+        self.assertEqual((seen, transactions.call_count, rows(self.database)), ([1, 3], 1, 3))
+
+    def test_a_work_that_fails_leaves_nothing_behind_and_hurts_no_neighbour(self):
+        def fail(session):
+            session.execute("DELETE FROM appointment_events")
+            raise ZeroDivisionError("of the work")
+
+        def roll_back(session):
+            session.execute("DELETE FROM appointment_events")
+            session.execute("ROLLBACK")
+
+        def exit(session):
+            sys.exit(3)
+        for number, (work, error) in enumerate(((fail, ZeroDivisionError), (roll_back, Exception),
+                                                (exit, SystemExit))):
+            with self.subTest(work.__name__):
+                store, group = self.store(started=False), asked(*range(10 * number, 10 * number + 4))
+                bad = receiver._Waiting(work=work)
+                for one in group[:2] + [bad] + group[2:]:
+                    store.submit(one)
+                good = receiver._Waiting(work=lambda session: "good")
+                store.submit(good)
+                store.start()
+                self.assertEqual((good.wait().kind, good.result), ("passed", "good"))
+                self.assertIsInstance(bad.wait().error, error)
+                self.assertEqual([one.outcomes[0].kind for one in group], ["stored"] * 4)
+                with self.assertRaises(error):
+                    store.do(work)
+                self.assertEqual(rows(self.database), 4 * number + 4)
+
+    def test_a_lock_met_while_a_group_is_taken_apart_keeps_the_order(self):
+        store, told = self.store(WAIT, started=False), []
+        self.fails_in_turn(store, StoreUnavailable("the work's"), StoreLocked("locked"), StoreLocked("locked"))
+        work = receiver._Waiting(work=lambda session: told.append("work"))
+        first, last = asked(1, 2, lane="a", told=told)
+        for one in (first, work, last):
             store.submit(one)
         store.start()
+        store.settle()
+        self.assertEqual(told, ["work", ("APT-1", "stored"), ("APT-2", "stored")])
+
+    def test_works_wait_for_a_lock_as_events_do(self):
+        store, other = self.store(0.2), self.locked()
+        with self.assertRaises(StoreLocked):
+            store.do(lambda session: None)
+        other.close()
+        self.assertEqual(store.do(lambda session: 1), 1)
+
+    # -- large contents
+
+    def test_large_contents_are_compared_after_the_commit_and_conflicts_kept(self):
+        store = self.store()
+        self.assertEqual(store.add(large(1)), Outcome("stored", 1))
+        same = large(1)._replace(payload=large(1).payload.replace(": ", ":   "))
+        self.assertEqual(store.add(same), Outcome("duplicate", 1, True))
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 0)
+        self.assertEqual(store.add(large(1, "y")), Outcome("duplicate", 1, False))
+        self.assertEqual(rows(self.database, "SELECT event_id, payload FROM conflicting_events"),
+                         [(1, large(1, "y").payload)])
+
+    def test_the_stored_digest_is_made_once_and_the_senders_own_is_taken(self):
+        with mock.patch.object(SQLite, "digest", return_value=b"stored") as stored:
+            store = self.store()
+            store.add(large(1))
+            with mock.patch.object(receiver, "content_digest", return_value=b"other") as made:
+                for text, digest, identical in (("y", b"stored", True), ("z", b"other", False), ("y", None, False)):
+                    self.assertEqual(store.add(large(1, text), digest), Outcome("duplicate", 1, identical))
+        self.assertEqual((stored.call_count, made.call_count), (1, 1))
+
+    def comparing(self, store):
+        """(an event that is set once a comparison has begun, one to be set so that it ends)"""
+        begun, go_on, digest = threading.Event(), threading.Event(), receiver.content_digest
+        self.addCleanup(go_on.set)
+
+        def slow(payload):
+            begun.set()
+            go_on.wait(WAIT)
+            return digest(payload)
+        patch = mock.patch.object(receiver, "content_digest", slow)
+        patch.start()
+        self.addCleanup(patch.stop)
+        return begun, go_on
+
+    def test_nobody_waits_for_a_comparison_but_its_own_lane_which_keeps_its_order(self):
+        self.all_quick()
+        for lead in (True, False):
+            with self.subTest(lead=lead):
+                store, told, other = self.store(), [], []
+                store.add(large(f"{lead}-0"))
+                begun, go_on = self.comparing(store)
+                lane = [Asked(large(f"{lead}-0", text), lane="a", told=told) for text in ("x ", "y")]
+                lane[1:1] = asked(f"{lead}-1", lane="a", told=told)
+                lane += asked(f"{lead}-2", f"{lead}-1", lane="a", told=told)
+                if lead:
+                    store.lead(lane[:2])
+                else:
+                    store.submit(lane[0])
+                    store.submit(lane[1])
+                for one in lane[2:]:
+                    store.submit(one)
+                self.assertTrue(begun.wait(WAIT))
+                neighbours = asked(f"{lead}-3", lane="b", told=other) + asked(f"{lead}-4", told=other)
+                store.lead(neighbours[:1])
+                store.submit(neighbours[1])
+                until(lambda: len(other) == 2)
+                self.assertEqual(store.add(stored_event(f"{lead}-5")).kind, "stored")
+                self.assertEqual(told, [])
+                go_on.set()
+                until(lambda: len(told) == 5)
+                self.assertEqual(told, [(one.event.appointment_id, one.outcomes[0].kind) for one in lane])
+                self.assertEqual([one.outcomes[0].kind for one in lane],
+                                 ["duplicate", "stored", "duplicate", "stored", "duplicate"])
+                mock.patch.stopall()
+                self.assertEqual(until(lambda: not store._lanes._held), True)
+
+    def test_settle_waits_for_comparisons_and_for_all_behind_them(self):
+        store, told = self.store(), []
+        store.add(large(1))
+        begun, go_on = self.comparing(store)
+        store.submit(Asked(large(1, "y"), lane="a", told=told))
+        store.submit(*asked(2, lane="a", told=told))
+        self.assertTrue(begun.wait(WAIT))
+        settled = threading.Thread(target=store.settle)
+        settled.start()
+        store.add(stored_event(3))
+        self.assertEqual((told, settled.is_alive()), ([], True))
+        go_on.set()
+        settled.join(WAIT)
+        self.assertEqual((told, settled.is_alive()), ([("APT-1", "duplicate"), ("APT-2", "stored")], False))
+
+    def test_settle_waits_for_what_is_led(self):
+        store, begun, go_on, told = self.store(), threading.Event(), threading.Event(), []
+        first, last = asked(1), asked(2, told=told)
+        first[0].done = lambda outcome: (begun.set(), go_on.wait(WAIT))
+        leading = threading.Thread(target=store.lead, args=(first + last,))
+        leading.start()
+        self.assertTrue(begun.wait(WAIT))
+        settled = threading.Thread(target=lambda: (store.settle(), told.append("settled")))
+        settled.start()
+        store.add(stored_event(3))
+        go_on.set()
+        settled.join(WAIT)
+        leading.join(WAIT)
+        self.assertEqual(told, [("APT-2", "stored"), "settled"])
+
+    def test_a_conflict_that_could_not_be_compared_or_kept_is_no_409(self):
+        with mock.patch.object(SQLite, "digest", side_effect=StoreUnavailable("gone")):
+            store = self.store()
+            store.add(large(1))
+            self.assertEqual(str(store.add(large(1, "y")).error), "gone")
+        store = self.store()
+        session = type(store.do(lambda session: session))
+        with mock.patch.object(session, "keep_conflict", side_effect=ValueError("a bug")):
+            outcome = store.add(large(1, "y"))
+        self.assertEqual((outcome.kind, str(outcome.error)), ("failed", "a bug"))
+        self.assertEqual(store.add(large(1, "y")), Outcome("duplicate", 1, False))
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 1)
+
+    # -- health
+
+    def test_health_is_asked_of_the_writer_which_really_writes(self):
+        store, now = self.store(), FakeClock()
+        store._checkup = receiver.Checkup("probe", store._probe, now)
+        with contextlib.closing(sqlite3.connect(str(self.database))) as other:
+            def version():
+                return other.execute("PRAGMA data_version").fetchone()[0]
+            before, tables = version(), rows(self.database, "SELECT count(*) FROM sqlite_master")
+            self.assertEqual(store.health(WAIT), "")
+            self.assertNotEqual(version(), before)
+            before = version()
+            for _ in range(10):                         # at most once a second
+                self.assertEqual(store.health(WAIT), "")
+            self.assertEqual(version(), before)
+            now.time += 1.1
+            self.assertEqual(store.health(WAIT), "")
+            self.assertNotEqual(version(), before)
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM sqlite_master"), tables)
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), SQLite.DATA_VERSION)
+
+    def test_health_sees_a_database_that_takes_no_writes(self):
+        store = self.store()
+        store.do(lambda session: session.execute("PRAGMA query_only = 1"))
+        self.assertIn("read-only", store.health(WAIT))
+
+    def test_health_never_waits_for_a_writer_that_hangs_and_says_for_how_long(self):
+        store, now = self.store(5), FakeClock()
+        store._checkup = receiver.Checkup("probe", store._probe, now)
+        self.assertEqual(store.health(WAIT), "")
+        go_on = self.blocked(store)
+        for late, expected in ((2, ""), (5.9, ""), (0.2, "the writer has not answered for 6 s"),
+                               (60, "the writer has not answered for 66 s")):
+            now.time += late
+            self.assertEqual(store.health(0), expected)
+        go_on.set()
+        self.assertEqual(store.health(WAIT), "")
+
+    def test_health_knows_of_trouble_before_any_probe_has_met_it(self):
+        store = self.store(0)
+        self.assertEqual(store.health(WAIT), "")
+        self.locked()
+        self.assertEqual(store.add(stored_event(1)).kind, "failed")
+        self.assertIn("locked", store.health(0))        # less than a second after the probe
+
+    def test_health_answers_when_there_are_no_threads_left(self):
+        store = self.store()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no threads")):
+            self.assertEqual(store.health(), "no threads")
+
+    # -- the breaker
+
+    def opened(self, **settings):
+        """(a store whose breaker is open, the breaker's clock, what makes it work again)"""
+        store, now = self.store(**settings), FakeClock()
+        store._breaker = receiver.Breaker(now)
+        broken = self.broken(store, StoreUnavailable("the disk is full"))
+        for number in range(5):
+            self.assertEqual(str(store.add(stored_event(number)).error), "the disk is full")
+        until(lambda: store.submit == store._fail_at_once)
+        return store, now, broken
+
+    def test_five_failures_open_the_breaker_and_a_try_of_its_own_closes_it(self):
+        self.all_quick()
+        troubles = []
+        store, now, broken = self.opened(on_trouble=troubles.append)
+        self.assertIn("breaker open", store.health(WAIT))
+        for number in range(3):                         # at once, on the thread that asks
+            one, = asked(number)
+            (store.lead if number else lambda group: store.submit(*group))([one])
+            self.assertIn("breaker open", str(one.outcomes[0].error))
+            self.assertEqual(one.threads, [threading.current_thread()])
+        with self.assertRaises(StoreUnavailable):
+            store.do(lambda session: None)
+        tries = self.transactions(store)                # of what is broken
+        now.time += 1.01
+        until(lambda: tries.call_count == 1)
+        until(lambda: store._breaker.state == "open")
+        broken.stop()
+        tries = self.transactions(store)
+        now.time += 1.9
+        store.settle()
+        self.assertEqual((tries.call_count, store.add(stored_event(1)).kind), (0, "failed"))
+        now.time += 0.2
+        until(lambda: store.submit != store._fail_at_once)
+        self.assertEqual((tries.call_count, rows(self.database)), (1, 0))
+        self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
+        self.assertTrue(self.led_by_caller(store, 2))
+        until(lambda: troubles[-1] == "")
+        self.assertEqual([text.count("the disk is full") + 2 * text.count("breaker open") for text in troubles],
+                         [1, 3, 0])
+        until(lambda: store.health() == "")
+
+    def test_only_failures_in_a_row_open_the_breaker_also_after_it_has_closed(self):
+        store, now, broken = self.opened()
+        broken.stop()
+        now.time += 1.01
+        until(lambda: store.submit != store._fail_at_once)
+        for number in range(3):
+            broken = self.broken(store, StoreUnavailable("the disk is full"))
+            for _ in range(4):
+                self.assertEqual(str(store.add(stored_event(number)).error), "the disk is full")
+            broken.stop()
+            self.assertEqual(store.add(stored_event(number)).kind, "stored")
+
+    def test_a_closed_breaker_costs_nothing(self):
+        store = self.store()
+        self.assertEqual(type(store.submit), type([].append), "straight into the queue")
+
+    def test_nothing_waits_while_the_breaker_tries_and_the_disk_hangs(self):
+        store, now, broken = self.opened()
+        broken.stop()
+        begun, go_on, transaction = threading.Event(), threading.Event(), store.engine.transaction
+        self.addCleanup(go_on.set)
+
+        def hanging(wait):
+            begun.set()
+            go_on.wait(WAIT)
+            return transaction(wait)
+        with mock.patch.object(store.engine, "transaction", hanging):
+            now.time += 1.01
+            self.assertTrue(begun.wait(WAIT))
+            self.assertEqual((store.add(stored_event(1)).kind, store._breaker.state), ("failed", "half-open"))
+            store.settle()
+            go_on.set()
+        until(lambda: store.submit != store._fail_at_once)
+        self.assertEqual(store.add(stored_event(1)).kind, "stored")
+
+    def test_what_is_queued_when_the_breaker_opens_is_told_before_what_comes_then(self):
+        store, told = self.store(started=False), []
+        self.broken(store, StoreUnavailable("the disk is full"))
+        for number in range(3000):                      # six groups: the fifth opens it
+            store.submit(*asked(number, told=told))
+        put = store.submit
+        store.start()
+        until(lambda: store.submit != put)
+        store.submit(*asked(3000, told=told))
+        put(*asked(3001, told=told))                    # as who had looked up `submit` just before
+        store.submit(*asked(3002, told=told))
+        self.assertEqual(told, [(f"APT-{number}", "failed") for number in range(3003)])
+        put(*asked(3003, told=told))
+        until(lambda: len(told) == 3004)
+
+    def test_one_lock_counts_once_however_many_events_it_fails(self):
+        store, other = self.store(0), self.locked()
+        for number in range(12):
+            self.assertIsInstance(store.add(stored_event(number)).error, StoreLocked)
+        self.assertEqual(store._breaker.state, "closed")
+        other.close()
+        self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
+
+    def test_a_lock_that_lasts_for_five_busy_timeouts_opens_the_breaker(self):
+        with mock.patch.object(receiver, "LOCK_COUNTS", 0):
+            store, other, now = self.store(0), self.locked(), FakeClock()
+            store._breaker = receiver.Breaker(now)
+            for number in range(5):
+                self.assertIsInstance(store.add(stored_event(number)).error, StoreLocked)
+            until(lambda: store.submit == store._fail_at_once)
+            other.close()
+            now.time += 1.01
+            until(lambda: store.submit != store._fail_at_once)
+            self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
+
+    # -- the end
+
+    def test_a_stop_commits_all_that_was_submitted_and_closes_the_engine_once(self):
+        store, group = self.store(started=False), asked(*range(700))
+        for one in group:
+            store.submit(one)
+        store.start()
+        with mock.patch.object(store.engine, "close", wraps=store.engine.close) as close:
+            store.stop()
+            store.stop()
+        self.assertEqual((rows(self.database), close.call_count), (700, 1))
+        self.assertEqual({len(one.outcomes) for one in group}, {1})
+        self.assertFalse([thread for thread in threading.enumerate()
+                          if thread.name in ("webhook-writer", "webhook-compare")])
+
+    def test_what_comes_after_the_stop_fails_at_once(self):
+        for started in (True, False):
+            with self.subTest(started=started):
+                store, early = self.store(started=False), asked(1)[0]
+                store.submit(early)
+                if started:
+                    store.start()
+                store.stop()
+                self.assertEqual(early.outcomes[0].kind, "stored" if started else "failed")
+                late = asked(2, 3)
+                store.lead(late[:1])
+                store.submit(late[1])
+                self.assertEqual({str(one.outcomes[0].error) for one in late}, {"the store has stopped"})
+                self.assertEqual(store.health(WAIT), "the store has stopped")
+                store.settle()
+
+    def test_a_stop_waits_for_what_is_being_compared(self):
+        store = self.store()
+        store.add(large(1))
+        begun, go_on = self.comparing(store)
+        one = Asked(large(1, "y"))
+        store.submit(one)
+        self.assertTrue(begun.wait(WAIT))
+        stopping = threading.Thread(target=store.stop)
+        stopping.start()
+        go_on.set()
+        stopping.join(WAIT)
+        self.assertEqual(one.outcomes, [Outcome("duplicate", 1, False)])
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 1)
+
+    def test_a_stop_tells_what_a_lock_keeps_waiting_and_ends_an_open_breaker_at_once(self):
+        store, other = self.store(0.2), self.locked()
+        one, = asked(1)
+        store.submit(one)
         store.stop()
-        self.assertEqual(rows(self.database), 700)
-        self.assertEqual({len(one.outcomes) for one in asked}, {1})
+        self.assertIsInstance(one.outcomes[0].error, StoreLocked)
+        other.close()
+        store, now, broken = self.opened()
+        store.stop()
+        self.assertEqual(store._breaker.state, "open")
 
 
 class MigrationTest(EngineTest):
@@ -1539,13 +3416,13 @@ class MigrationTest(EngineTest):
     def test_events_of_the_plain_table_stay_with_their_ids_and_can_be_used(self):
         self.seed(self.old(3, notes="a note"), self.old(7, timestamp="2025-01-10T16:00:00+02:00"))
         engine = self.engine()
-        first, second = engine.events(Filter(), 0, 10)
+        first, second = read(engine, Filter(), 0, 10)
         self.assertEqual(first[:7], ("scheduled", "APT-3", "PAT-1", "2025-01-10T14:00:00Z", "a note",
                                      "2025-01-10T14:23:15.123456Z", None))
         self.assertEqual(json.loads(first.payload)["notes"], "a note")
         self.assertEqual((second.id, second.timestamp, second.notes), (7, "2025-01-10T14:00:00Z", None))
-        self.assertEqual(rows(self.database, "PRAGMA user_version"), 1)
-        retry, new = engine.write([stored_event(7, timestamp="2025-01-10T14:00:00Z"), stored_event(8)])
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), 2)
+        retry, new = write(engine, [stored_event(7, timestamp="2025-01-10T14:00:00Z"), stored_event(8)])
         self.assertEqual((retry.kind, retry.event_id, retry.identical, new.kind), ("duplicate", 7, True, "stored"))
         self.assertGreater(new.event_id, 7)
 
@@ -1554,7 +3431,7 @@ class MigrationTest(EngineTest):
         self.engine().close()
         schema = "SELECT type, name, replace(sql, '\"', '') FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY name"
         migrated = rows(self.database, schema)
-        self.assertEqual(kinds(self.engine().write([stored_event(2)])), [("stored", 2)])
+        self.assertEqual(kinds(write(self.engine(), [stored_event(2)])), [("stored", 2)])
         new = SQLite(str(self.folder / "new.db"))
         new.open()
         new.close()
@@ -1571,7 +3448,7 @@ class MigrationTest(EngineTest):
     def test_an_id_that_was_once_given_never_means_another_event(self):
         self.seed(self.old(1), self.old(9))
         write_rows(self.database, "DELETE FROM appointment_events WHERE id = 9")
-        self.assertEqual(kinds(self.engine().write([stored_event(5)])), [("stored", 10)])
+        self.assertEqual(kinds(write(self.engine(), [stored_event(5)])), [("stored", 10)])
 
     def test_no_event_is_lost_whatever_is_in_its_columns(self):
         table = """CREATE TABLE appointment_events (id INTEGER PRIMARY KEY, event_type TEXT, appointment_id TEXT,
@@ -1582,7 +3459,7 @@ class MigrationTest(EngineTest):
             self.old(5, notes=b"\xff blob"), self.old(6, payload='{"room": 12}'), self.old(7, payload="no JSON"),
             self.old(8, payload='{"room": 12}', **{'"odd ""name"': 2.5}), self.old(9, payload='{"a": NaN}'), table=table)
         write_rows(self.database, "UPDATE appointment_events SET event_type = CAST(x'ff41' AS TEXT) WHERE id = 9")
-        found = {one.id: one for one in self.engine().events(Filter(), 0, 100)}
+        found = {one.id: one for one in read(self.engine(), Filter(), 0, 100)}
         self.assertEqual(sorted(found), list(range(1, 10)))
         payloads = {number: json.loads(one.payload, parse_constant=self.fail) for number, one in found.items()}
         self.assertEqual((found[1].patient_id, payloads[1]['odd "name']), ("17", 1.5))
@@ -1606,6 +3483,114 @@ class MigrationTest(EngineTest):
         self.refused("b7b4-no-number")
         self.assertEqual(files(self.folder), before)
 
+    def test_a_copy_of_the_old_file_stays_beside_it_and_the_log_hears_what_was_done(self):
+        self.seed(self.old(1), self.old(2, appointment_id="APT-1", timestamp="2025-01-10T15:00:00+01:00"),
+                  self.old(3), self.old(4))
+        (self.folder / "events.db.before-migration").write_text("an older one")
+        before = self.database.read_bytes()
+        engine = self.engine()
+        copy = self.folder / "events.db.before-migration-2"
+        self.assertEqual(engine.notes, ["The plain table appointment_events was taken over: 3 events kept, "
+                                        "1 moved to conflicting_events (id 2)",
+                                        f"The file as it was is kept as {copy}"])
+        self.assertEqual(rows(copy, "SELECT * FROM appointment_events"), rows_of(before, self.folder))
+        self.assertEqual((self.folder / "events.db.before-migration").read_text(), "an older one")
+        if POSIX:
+            self.assertEqual(copy.stat().st_mode & 0o777, 0o600)
+        engine.close()
+        self.assertEqual(self.engine().notes, [])
+        self.assertEqual(list(self.folder.glob("*.part")), [])
+
+    def test_without_room_for_the_copy_nothing_is_changed(self):
+        self.seed(self.old(1))
+        before = files(self.folder)
+        full = sqlite3.OperationalError("database or disk is full")
+        with mock.patch.object(receiver, "_sync_folder", side_effect=full):
+            self.assertIn("the disk is full", self.refused("a copy of the file could not be made"))
+        self.assertEqual(set(files(self.folder)), set(before) | {"events.db.before-migration"})
+        self.assertEqual(files(self.folder)["events.db"], before["events.db"])
+
+    @unittest.skipUnless(hasattr(resource, "RLIMIT_FSIZE"), "limits of a process")
+    def test_a_start_without_room_for_the_copy_is_told_in_one_line(self):
+        self.seed(*(self.old(number, notes="x" * 1000) for number in range(1, 200)))
+        before = files(self.folder)
+
+        def limit():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+        code, _, complaint = self.program("--port", "0", "--database", self.database, preexec_fn=limit)
+        self.assertEqual((code, complaint.count("\n")), (2, 1))
+        self.assertIn("could not be made beside it", complaint)
+        self.assertEqual(files(self.folder), before)
+
+    def test_triggers_and_indexes_are_kept_where_they_can_be(self):
+        table = PLAIN_TABLE.replace("notes TEXT,", "notes TEXT, extra TEXT,")
+        self.seed(self.old(1), table=table)
+        write_rows(
+            self.database, "CREATE TABLE heard (id)", "CREATE INDEX by_patient ON appointment_events (patient_id)",
+            "CREATE INDEX by_extra ON appointment_events (extra)",
+            "CREATE UNIQUE INDEX same_key ON appointment_events (patient_id, notes)",
+            "CREATE TRIGGER hears AFTER INSERT ON appointment_events BEGIN INSERT INTO heard VALUES (NEW.id); END",
+            "CREATE TRIGGER reads_extra AFTER INSERT ON appointment_events BEGIN INSERT INTO heard VALUES (NEW.extra); "
+            "END", "CREATE TRIGGER lost AFTER INSERT ON appointment_events BEGIN INSERT INTO gone VALUES (1); END",
+            "CREATE TRIGGER refuses BEFORE INSERT ON appointment_events BEGIN SELECT RAISE(IGNORE); END",
+            "CREATE VIEW extras AS SELECT extra FROM appointment_events",
+            "CREATE VIEW patients AS SELECT patient_id FROM appointment_events")
+        engine = self.engine()
+        told = " ".join(engine.notes)
+        for name in ("by_extra", "reads_extra", "lost", "refuses", "extras"):
+            self.assertIn(name, told)
+        for name in ("by_patient", "hears ", "patients"):
+            self.assertNotIn(name, told)
+        self.assertEqual(kinds(write(engine, [stored_event(8), stored_event(9)])), [("stored", 2), ("stored", 3)])
+        self.assertEqual(rows(self.database, "SELECT id FROM heard"), [(2,), (3,)])
+        self.assertEqual(write(engine, [stored_event(8)])[0].kind, "duplicate")
+        self.assertEqual(rows(self.database, "SELECT name FROM sqlite_master WHERE name IN ('by_patient', 'lost')"),
+                         "by_patient")
+
+    def test_no_payload_that_we_make_is_other_than_json(self):
+        table = PLAIN_TABLE.replace("notes TEXT,", "notes TEXT, weight REAL, payload TEXT,")
+        self.seed(self.old(1, weight=float("inf")), self.old(2, weight=float("-inf"), payload='{"a": 1}'),
+                  self.old(3, weight=1.5, payload="NaN"), table=table)
+        found = [json.loads(one.payload, parse_constant=self.fail) for one in read(self.engine(), Filter(), 0, 9)]
+        self.assertEqual([one["weight"] for one in found], ["Infinity", "-Infinity", 1.5])
+        self.assertEqual((found[1]["a"], found[2]["payload"]), (1, "NaN"))
+
+    def version_1(self):
+        """A file of version 1 with one event and three conflicts, one of them kept twice."""
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        engine.close()
+        write_rows(self.database, "DROP TABLE conflicting_events",
+                   "CREATE TABLE conflicting_events (id INTEGER PRIMARY KEY AUTOINCREMENT, event_id INTEGER NOT NULL, "
+                   "received_at TEXT NOT NULL, client TEXT, payload TEXT NOT NULL)",
+                   "CREATE INDEX idx_conflicting_event_id ON conflicting_events (event_id)",
+                   *(("INSERT INTO conflicting_events (event_id, received_at, payload) VALUES (1, 'x', ?)", (payload,))
+                     for payload in ('{"a": 1}', '{"a":1.0}', "no JSON")), "PRAGMA user_version = 1")
+
+    def test_a_file_of_version_1_gets_digests(self):
+        self.version_1()
+        engine = self.engine()
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), 2)
+        kept = rows(self.database, "SELECT payload, digest FROM conflicting_events ORDER BY id")
+        self.assertEqual([digest for _, digest in kept], [receiver.content_digest(payload) for payload, _ in kept])
+        self.assertEqual(rows(self.database, "SELECT name FROM sqlite_master WHERE name LIKE 'idx_conf%'"),
+                         "idx_conflicting_event_digest")
+        write(engine, [stored_event(1, payload='{"a": 1}', client=None), stored_event(1, payload='{"b": 1}')])
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 4)
+        engine.close()
+        # A program of version 1 that still runs has its health check write its number
+        write_rows(self.database, "PRAGMA user_version = 1")
+        self.assertEqual(self.engine().count(), 1)
+
+    def test_a_file_of_version_1_that_cannot_be_brought_up_stays_as_it_was(self):
+        self.version_1()
+        before = rows(self.database, "SELECT type, name, sql FROM sqlite_master")
+        with mock.patch.object(receiver, "content_digest", side_effect=sqlite3.OperationalError("disk I/O error")):
+            self.refused("disk I/O error")
+        self.assertEqual(rows(self.database, "SELECT type, name, sql FROM sqlite_master"), before)
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), 1)
+
     def test_views_of_the_old_table_go_on_working(self):
         self.seed(self.old(1))
         write_rows(self.database, "CREATE VIEW patients AS SELECT DISTINCT patient_id FROM appointment_events")
@@ -1621,7 +3606,7 @@ class MigrationTest(EngineTest):
                  "os.kill(os.getpid(), signal.SIGKILL)")
         subprocess.run([sys.executable, "-c", crash, str(self.database)], check=False)
         self.assertTrue((self.folder / "events.db-journal").exists())
-        self.assertEqual([one.id for one in self.engine().events(Filter(), 0, 10)], [1])
+        self.assertEqual([one.id for one in read(self.engine(), Filter(), 0, 10)], [1])
 
 
 class DurabilityTest(ServerTest):
@@ -1682,10 +3667,10 @@ class DurabilityTest(ServerTest):
 
     def test_a_database_that_turns_read_only_is_503_and_comes_back(self):
         server = self.start()
-        server.store.engine._writer.execute("PRAGMA query_only = 1")
+        server.store.engine.writer.execute("PRAGMA query_only = 1")
         self.assertEqual(self.post(server).status, 503)
         self.assertEqual(self.call(server, path="/health/ready").status, 503)
-        server.store.engine._writer.execute("PRAGMA query_only = 0")
+        server.store.engine.writer.execute("PRAGMA query_only = 0")
         self.assertEqual(self.post(server).status, 200)
         self.assertIn("read-only", self.log_text(server))
 
@@ -1714,6 +3699,32 @@ class DurabilityTest(ServerTest):
         self.assertRegex(log, r"- ERROR - \[-\] Events cannot be stored[^\n]*disk")
         self.assertRegex(log, r"- INFO - \[-\] Events are stored again")
 
+    @unittest.skipUnless(sys.platform == "linux", "files of a running service")
+    def test_files_that_change_under_the_service_are_503_and_red_and_nothing_acknowledged_is_lost(self):
+        for number, command in enumerate(("rm events.db-wal events.db-shm", "truncate -s 0 events.db",
+                                          "cp empty.db events.db")):
+            with self.subTest(command):
+                self.database = self.folder / str(number) / "events.db"
+                self.database.parent.mkdir()
+                SQLite(str(self.database.parent / "empty.db")).open()
+                process, server = self.launch()
+                answered = [self.post(server, event(appointment_id=f"{at}")).status for at in range(51)]
+                self.assertEqual(set(answered), {200})
+                subprocess.run(command, shell=True, check=True, cwd=self.database.parent)
+                self.assertEqual(self.post(server, event(appointment_id="lost")).status, 503)
+                self.assertEqual(self.call(server).status, 503)
+                self.assertEqual(self.call(server, path="/health").status, 503)
+                process.terminate()
+                process.wait()
+                log = (self.folder / "server.log").read_text()
+                self.assertRegex(log, r"- ERROR - \[-\] Events cannot be stored[^\n]*while it is in use")
+                if command.startswith("rm"):
+                    self.assertEqual(rows(self.database), 51)
+                else:
+                    code, _, complaint = self.program("--port", "0", "--database", self.database)
+                    self.assertEqual((code, complaint.count("\n")), (2, 1))
+                    self.assertIn("does not belong to it", complaint)
+
     def test_a_refused_database_stops_the_start_with_one_line(self):
         self.database.write_bytes(b"no database at all, but long enough to be looked at" * 20)
         before = files(self.folder)
@@ -1728,61 +3739,138 @@ class DurabilityTest(ServerTest):
 # =============================================================================
 
 class RedactionTest(unittest.TestCase):
-    NAMED = ("event_type", "appointment_id", "patient_id", "timestamp", "notes")
-    SECRET = "Erika Mustermann"
+    MARK = "Mustermann"
+    CONTRACT = Contract(receiver.EVENT_SCHEMA)
 
-    def test_patients_data_and_what_the_schema_does_not_name_is_masked(self):
-        value = event(appointment_id="APT-1", patient_id=self.SECRET, notes=self.SECRET, phone=self.SECRET,
-                      address={"street": self.SECRET}, tags=[self.SECRET], age=71)
-        text = Redactor("redacted", self.NAMED).text(value)
-        self.assertNotIn(self.SECRET, text)
-        self.assertEqual(json.loads(text), {**{name: "***" for name in value}, "event_type": "scheduled",
-                                            "appointment_id": "APT-1", "timestamp": "2025-01-10T14:00:00Z"})
+    def logged(self, mode, value, contract=CONTRACT):
+        """What the log says of a JSON value, or of bytes that are none, as the receiver has it said."""
+        redactor = Redactor(mode)
+        if isinstance(value, bytes):
+            return redactor.unreadable(value)
+        value, text = parse_json(json.dumps(value, ensure_ascii=False).encode())
+        try:
+            return redactor.event(contract.event(value, text, "now"))
+        except InvalidEvent as error:
+            return redactor.invalid(value, error.problems)
 
-    def test_nothing_slips_through_in_another_shape(self):
-        cases = {"nested under a named field": {"appointment_id": {"a": self.SECRET}},
-                 "a list under a named field": {"appointment_id": [self.SECRET]}, "a text": self.SECRET,
-                 "a list": [event(notes=self.SECRET)], "an unreadable body": self.SECRET.encode() + b"{"}
-        for name, value in cases.items():
-            with self.subTest(name):
-                text = Redactor("redacted", self.NAMED).text(value)
-                self.assertNotIn("Erika", text)
-                self.assertNotEqual(text, "")
+    def places(self):
+        """{what: a value that holds the mark there}, every place that can hold a person's name."""
+        mark = self.MARK
+        nested = {"a list": [mark], "a value": {"a": mark}, "a name": {mark: 1},
+                  "a deep name": [{"a": [{mark: mark}]}]}
+        for name in ("event_type", "timestamp", "patient_id", "notes", "phone"):
+            yield f"{name}, text", event(**{name: mark})
+            yield f"{name}, text of a refused event", event(**{name: mark}, more={}, appointment_id="")
+        for name in ("event_type", "appointment_id", "timestamp", "patient_id", "notes", "phone"):
+            for what, value in nested.items():
+                yield f"{name}, {what}", event(**{name: value})
+        yield "a name", event(**{mark: 1})
+        yield "a name in a refused event", event(**{mark: 1}, timestamp=...)
+        yield "names like known ones", event(**{f"event_type/{mark}": 1, f"timestamp~{mark}": 1}, notes=7)
+        yield "a long appointment_id", event(appointment_id=mark + "x" * 250)
+        yield "behind a time", event(timestamp="2025-01-10T14:00:00Z" + mark)
+        yield "alone", mark
+        yield "in a list", [event(notes=mark)]
+        yield "no JSON", b'{"notes": "' + mark.encode()
 
-    def test_values_of_named_fields_show_what_the_sender_did_wrong(self):
-        for value in (12, None, True, 1.5, "é\n"):
-            with self.subTest(value):
-                self.assertEqual(json.loads(Redactor("redacted", self.NAMED).text({"timestamp": value})),
-                                 {"timestamp": value})
+    def test_a_name_in_any_place_stays_out_of_the_log_in_every_mode_but_full(self):
+        for what, value in self.places():
+            for mode in ("redacted", "none", "full"):
+                with self.subTest(what, mode=mode):
+                    self.assertEqual(self.MARK in self.logged(mode, value), mode == "full")
 
-    def test_full_shows_all_and_none_nothing(self):
-        value = event(notes=self.SECRET, more=[1, {"a": None}])
-        self.assertEqual(json.loads(Redactor("full").text(value)), value)
-        self.assertEqual(Redactor("full").text(b"\xff\n{"), "'\\xff\\n{'")
-        for anything in (value, b"\xff", [], "text"):
-            self.assertEqual(Redactor("none", self.NAMED).text(anything), "")
-        self.assertEqual(Redactor("full").text(None), "")
+    def test_a_valid_event_shows_what_is_no_persons_and_names_nothing_else(self):
+        whole = '{"event_type": "scheduled", "appointment_id": "APT-1", "patient_id": "***", ' \
+                '"timestamp": "2025-01-10T14:00:00Z"}'
+        noted = whole[:-1] + ', "notes": "***"}'
+        for members, text in (({}, whole), ({"notes": "a"}, noted), ({"notes": ""}, noted),
+                              ({"a": 1, "b": {"c": 2, "d": 3}}, whole), ({"notes": "a", "b": 1}, noted),
+                              ({"timestamp": "2025-01-10 15:00:00.0+01:00"}, whole)):
+            with self.subTest(members):
+                self.assertEqual(self.logged("redacted", event(**members)), text)
 
-    def test_a_redacted_payload_stays_short(self):
-        for value in ({f"field{number}": 1 for number in range(100000)}, {"x" * 1000000: 1},
-                      {"event_type": "\x00" * 1000000}):
-            self.assertLess(len(Redactor("redacted", self.NAMED).text(value)), 5000)
+    def test_a_refused_event_shows_each_of_the_three_only_where_it_is_valid(self):
+        whole = {"event_type": '"scheduled"', "appointment_id": '"APT-1"', "patient_id": '"***"',
+                 "timestamp": '"2025-01-10T14:00:00Z"', "notes": '"***"'}
+        for name, wrong in (("event_type", "booked"), ("appointment_id", ""), ("appointment_id", "x" * 256),
+                            ("appointment_id", " "), ("timestamp", "today"), ("timestamp", 7), ("notes", 7)):
+            with self.subTest(name, wrong=wrong):
+                text = self.logged("redacted", event(**{"notes": "n", name: wrong}))
+                shown = {**whole, name: '"***"'}
+                parts = [f'"{name}": {value}' for name, value in shown.items()]
+                self.assertEqual(text, "{" + ", ".join(parts) + "}")
+        self.assertEqual(self.logged("redacted", {"timestamp": "2025-01-10T14:00Z", "b": 1, "a": [1, 2, 3]}),
+                         '{"timestamp": "2025-01-10T14:00:00Z"} +2')
+        self.assertEqual(self.logged("redacted", {}), "{}")
+        for value in (7, [], None, "text"):
+            self.assertEqual(self.logged("redacted", value), '"***"')
+        self.assertEqual(self.logged("redacted", b"{no"), "(3 bytes)")
 
-    def test_every_mode_gives_one_line_of_ascii(self):
-        hostile = {FORGERY: FORGERY, "event_type": FORGERY, "timestamp": [FORGERY]}
+    def test_a_problem_above_or_below_a_member_is_one_of_the_member(self):
+        redactor, shown = Redactor("redacted"), '"appointment_id": "APT-1"'
+        for path, is_shown in (("/patient_id", True), ("/appointment_idx", True), ("/x/appointment_id", True),
+                               ("/appointment_id", False), ("/appointment_id/a/0", False), ("", False)):
+            with self.subTest(path):
+                text = redactor.invalid(event(), [receiver.Problem("/notes", "type", ""),
+                                                  receiver.Problem(path, "not", "")])
+                self.assertEqual(shown in text, is_shown)
+
+    def test_where_the_list_of_problems_may_have_been_cut_nothing_counts_as_valid(self):
+        for number, is_shown in ((receiver.MOST_PROBLEMS - 1, True), (receiver.MOST_PROBLEMS, False)):
+            problems = [receiver.Problem(f"/field{at}", "type", "") for at in range(number)]
+            self.assertEqual("APT-1" in Redactor("redacted").invalid(event(), problems), is_shown)
+
+    def test_a_schema_that_allows_more_than_the_contract_does_not_widen_the_log(self):
+        lax = Contract({"type": "object"})
+        for number, shown in ((255, True), (256, False)):
+            for name in ("appointment_id", "event_type"):
+                with self.subTest(name, number=number):
+                    value = event(**{name: "x" * number})
+                    self.assertEqual("xxx" in self.logged("redacted", value, lax), shown)
+                    value["patient_id"] = ""
+                    self.assertEqual("xxx" in self.logged("redacted", value, lax), shown)
+        for name in ("appointment_id", "event_type", "timestamp"):
+            for value in (7, True, None, [self.MARK], {self.MARK: 1}, "\u0661"):
+                text = Redactor("redacted").invalid({name: value}, [receiver.Problem("/notes", "type", "")])
+                self.assertEqual(self.MARK in text, False)
+                masked = name == "timestamp" or not isinstance(value, str)
+                self.assertEqual(text == f'{{"{name}": "***"}}', masked)
+
+    def test_full_shows_the_payload_as_it_came_and_none_nothing_of_it(self):
+        text = '{"event_type":\t"scheduled",\r\n"more": 1.50, "notes": "\u00e9 \U0001f600 \x7f \\n"}'
+        one = self.CONTRACT.event(event(), text, "now")
+        self.assertEqual(Redactor("full").event(one), '{"event_type": "scheduled",  "more": 1.50, '
+                                                      '"notes": "\\u00e9 \\ud83d\\ude00 \\u007f \\n"}')
+        value = event(timestamp="today", more=[1, {"a": None}], notes="\x7f")
+        self.assertEqual(json.loads(self.logged("full", value)), value)
+        self.assertEqual(self.logged("full", b"\xff\n{"), "'\\xff\\n{'")
+        for anything in (event(), value, b"\xff", [], "text"):
+            self.assertEqual(self.logged("none", anything), "")
+
+    def test_every_mode_gives_one_line_of_printable_ascii(self):
+        hostile = FORGERY.replace("\x00", "") + "\x7f\x9b"
+        names = ("appointment_id", "event_type", "timestamp", "notes", hostile)
+        values = [event(**{name: hostile}) for name in names]
+        values += [hostile, [hostile], hostile.encode() + b"\x9b"]
+        values.append(event(appointment_id=hostile, timestamp=""))
         for mode in ("redacted", "full", "none"):
-            for value in (hostile, FORGERY, FORGERY.encode(), [hostile], {"notes": "\ud800"}):
-                text = Redactor(mode, self.NAMED).text(value)
-                self.assertTrue(text.isascii() and text.isprintable(), text)
+            for value in values:
+                with self.subTest(value, mode=mode):
+                    text = self.logged(mode, value)
+                    self.assertTrue(text.isascii() and text.isprintable(), text)
 
 
-class Sink:
-    """Keeps what is written; raises `error` while that is set."""
+class Sink(receiver.Sink):
+    """Keeps what is written; raises `error` while that is set, hangs while `let_go` is clear."""
 
     def __init__(self):
         self.text, self.error, self.closed = "", None, False
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        self.let_go.set()
 
     def write(self, data, level):
+        self.entered.set()
+        self.let_go.wait(WAIT)
         if self.error:
             raise self.error
         self.text += data.decode()
@@ -1793,48 +3881,97 @@ class Sink:
 
 def record(**parts):
     return RequestRecord(**{
-        "level": 20, "time": 1736518995.125, "request_id": "2025-01-10T14:23:15.123456", "method": "POST", "path": PATH,
-        "status": 200, "outcome": "stored", "event_id": 12, "seconds": 0.00123, "client": "127.0.0.1", "payload": None,
-        **parts})
+        "level": "INFO", "time": 1736518995.125, "request_id": "2025-01-10T14:23:15.123456", "method": "POST",
+        "route": PATH, "status": 200, "note": "stored", "event_id": 12, "seconds": 0.00123,
+        "address": "127.0.0.1", **parts})
 
 
-LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - webhook - (DEBUG|INFO|WARNING|ERROR) - \[[-0-9T:.]+\] \S.*")
+def numbers(text):
+    """The numbers of the lines `line N.` in a log."""
+    return [int(number) for number in re.findall(r"line (\d+)\.", text)]
+
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} - webhook - (DEBUG|INFO|WARNING|ERROR) - "
+                  r"\[[-0-9T:.]+\] \S.*")
 
 
 class LogTest(ServerTest):
 
     def log(self, level="INFO", mode="redacted", sink=None, start=True):
         sink = sink or Sink()
-        log = Log(sink, level, Redactor(mode, ("event_type",)))
+        log = Log(sink, level, mode)
         if start:
             log.start()
             self.addCleanup(log.stop)
         return log, sink
 
+    def hanging_log(self):
+        """A log whose thread hangs in a write until sink.let_go is set."""
+        log, sink = self.log()
+        self.addCleanup(sink.let_go.set)
+        sink.let_go.clear()
+        log.line("INFO", "into a pipe that nobody reads")
+        self.assertTrue(sink.entered.wait(WAIT))
+        return log, sink
+
     def test_one_line_holds_all_of_a_request(self):
         log, sink = self.log()
-        log.request(record(payload={"event_type": "scheduled", "notes": "secret"}))
-        log.request(record(time=1736518995.9999, event_id=None, status=404, level=30, outcome="Not here", method="GET"))
+        log.request(record(payload='{"event_type": "scheduled"} +1'))
+        log.request(record(time=1736518995.9999, event_id=None, status=404, level="WARNING", note="Not here",
+                           method="GET"))
         log.stop()
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1736518995))
         self.assertEqual(sink.text.splitlines(), [
-            f"{clock},125 - webhook - INFO - [2025-01-10T14:23:15.123456] POST {PATH} 200 stored event_id=12 1.2ms "
-            'client=127.0.0.1 payload={"event_type": "scheduled", "notes": "***"}',
+            f"{clock},125 - webhook - INFO - [2025-01-10T14:23:15.123456] POST {PATH} 200 stored event_id=12 "
+            '1.2ms client=127.0.0.1 payload={"event_type": "scheduled"} +1',
             f"{clock},999 - webhook - WARNING - [2025-01-10T14:23:15.123456] GET {PATH} 404 Not here 1.2ms "
             "client=127.0.0.1"])
 
-    @unittest.skipUnless(POSIX, "needs a named pipe")
-    def test_a_log_file_that_is_no_file_is_written_and_never_rotated(self):
-        pipe = self.folder / "pipe"
-        os.mkfifo(pipe)
-        reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-        self.addCleanup(os.close, reading)
-        sink = receiver.FileSink(str(pipe), 4096, 1)
-        self.addCleanup(sink.close)
-        for _ in range(3):
-            sink.write(b"x" * 3000 + b"\n", 20)
-            self.assertEqual(os.read(reading, 65536), b"x" * 3000 + b"\n")
-        self.assertEqual([path.name for path in self.folder.iterdir()], ["pipe"])
+    def test_lines_that_differ_in_one_thing_differ_in_it(self):
+        log, sink = self.log()
+        changes = [{}, {"method": "GET"}, {"route": "/health"}, {"status": 409}, {"note": "duplicate"},
+                   {"address": "::1"}, {"event_id": 7}, {"seconds": 1}, {"payload": "{}"},
+                   {"request_id": "-"}]
+        for change in changes + [{}]:
+            log.request(record(**change))
+        log.stop()
+        lines = [line.partition(" - [")[2] for line in sink.text.splitlines()]
+        self.assertEqual((lines[0], len(set(lines))), (lines[-1], len(changes)))
+
+    def test_every_line_keeps_its_own_second_and_words_whatever_other_threads_say(self):
+        log, sink = self.log()
+
+        def talk(number):
+            for at in range(300):
+                log.request(record(time=1000.25 + number + at % 2 * 10, note=f"note {number} {at % 2}",
+                                   address=f"{number}.{at % 2}"))
+        switching = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, switching)
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=talk, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        log.stop()
+        seconds = {}
+        for number in range(4):
+            for late in range(2):
+                moment = time.localtime(1000 + number + late * 10)
+                seconds[time.strftime("%Y-%m-%d %H:%M:%S", moment)] = f"{number} {late}"
+        lines = sink.text.splitlines()
+        self.assertEqual(len(lines), 1200)
+        for line in lines:
+            match = re.fullmatch(r"(.{19}),250 - .* 200 note (\d \d) event_id=12 1.2ms client=\S+", line)
+            clock, words = match.groups()
+            self.assertEqual(seconds[clock], words)
+            self.assertTrue(line.endswith("=" + words.replace(" ", ".")), line)
+
+    def test_another_thread_between_keeping_and_giving_a_second_changes_nothing(self):
+        class Overtaken(receiver.PerSecond):
+            def __setattr__(self, name, value):
+                super().__setattr__(name, (value[0] + 1, "another") if name == "_kept" else value)
+        self.assertEqual(Overtaken(str).text(5), "5")
 
     def test_times_out_of_order_keep_their_own_second(self):
         log, sink = self.log()
@@ -1851,145 +3988,295 @@ class LogTest(ServerTest):
         for at, level in enumerate(levels):
             with self.subTest(level):
                 log, sink = self.log(level)
-                for number, name in enumerate(levels, 1):
+                for name in levels:
                     log.line(name, "a line")
-                    log.request(record(level=number * 10))
+                    log.request(record(level=name))
                 log.stop()
-                self.assertEqual(re.findall("webhook - ([A-Z]+) ", sink.text), [name for name in levels[at:]
-                                                                                for _ in range(2)])
+                self.assertEqual(re.findall("webhook - ([A-Z]+) ", sink.text),
+                                 [name for name in levels[at:] for _ in range(2)])
 
     def test_no_input_forges_a_line_or_moves_the_cursor(self):
         log, sink = self.log(mode="full")
-        for part in ("method", "path", "outcome", "client", "payload"):
+        for part in ("method", "route", "note", "address"):
             log.request(record(**{part: FORGERY}))
-        log.request(record(payload={FORGERY: [FORGERY]}))
-        log.request(record(payload=FORGERY.encode()))
         log.line("ERROR", FORGERY, stack="Traceback\n  " + FORGERY)
         log.stop()
         heads = [line for line in sink.text.split("\n") if line and not line.startswith("    ")]
-        self.assertEqual(len(heads), 8)
+        self.assertEqual(len(heads), 5)
         for line in sink.text.split("\n"):
             self.assertTrue(line.isprintable(), repr(line))
         for line in heads:
             self.assertRegex(line, LINE)
 
-    def test_an_exception_comes_with_its_stack_indented(self):
+    def test_what_is_kept_for_speed_is_bounded(self):
         log, sink = self.log()
+        for number in range(3000):
+            log.request(record(note=f"line {number}." + "x" * 5000))
+        log.stop()
+        self.assertEqual(numbers(sink.text), list(range(3000)))
+        self.assertLessEqual(len(log._frames), receiver.FRAMES_KEPT)
+        self.assertLess(len(sink.text), 3000 * 1200)
+        with mock.patch.object(log, "_frame", wraps=log._frame) as make:
+            for number in range(5):
+                log.request(record(event_id=number, request_id=str(number), time=number, seconds=number,
+                                   payload="{}"))
+        self.assertEqual(make.call_count, 1)
+
+    # -- exceptions
+
+    def broken(self):
+        """An exception that came of another one, which came of a third; all quote a person."""
+        def look_up(name):
+            try:
+                return {}[name]
+            except KeyError as error:
+                error.__dict__["__notes__"] = [name]
+                raise LookupError(name)
+        person = "\n".join(["Muster" + "mann", "2025-01-10 14:23:15,123 - webhook - INFO - " + "for" + "ged"])
         try:
-            raise ValueError("2025-01-10 14:23:15,123 - webhook - INFO - forged\nforged")
-        except ValueError:
+            try:
+                look_up(person)
+            except LookupError as error:
+                raise ValueError(person) from error
+        except ValueError as error:
+            return error
+
+    def logged(self, mode, error, handled=True):
+        log, sink = self.log(mode=mode)
+        try:
+            if handled:
+                raise error
+            log.exception("It broke", "2025-01-10T14:23:15.123456", error)
+        except type(error):
             log.exception("It broke", "2025-01-10T14:23:15.123456")
         log.stop()
-        first, *rest = sink.text.splitlines()
-        self.assertRegex(first, r"- ERROR - \[2025-01-10T14:23:15.123456\] It broke$")
-        self.assertIn("    Traceback", rest[0])
-        self.assertTrue(all(line.startswith("    ") for line in rest))
+        return sink.text.splitlines()
+
+    def test_an_exception_comes_with_its_stack_and_causes_indented_and_without_its_text(self):
+        for mode in ("redacted", "none", "full"):
+            for handled in (True, False):
+                with self.subTest(mode, handled=handled):
+                    first, *rest = self.logged(mode, self.broken(), handled)
+                    self.assertRegex(first, r"- ERROR - \[2025-01-10T14:23:15.123456\] It broke$")
+                    self.assertTrue(all(line.startswith("    ") for line in rest))
+                    text = "\n".join(rest)
+                    self.assertEqual("Mustermann" in text, mode == "full")
+                    self.assertEqual("forged" in text, mode == "full")
+                    for part in ("    Traceback (most recent call last):", " in broken",
+                                 'test_webhook_server.py", line ', "return {}[name]", " in look_up",
+                                 "ValueError", "LookupError", "KeyError"):
+                        self.assertIn(part, text)
+
+    def test_a_stack_without_texts_names_types_and_order(self):
+        kinds = [line.strip() for line in self.logged("redacted", self.broken()) if re.match(r" {4}\w", line)]
+        head = "Traceback (most recent call last):"
+        self.assertEqual(kinds, [head, "ValueError", "Caused by:", head, "LookupError", "Caused by:", head,
+                                 "KeyError"])
+        error = json.JSONDecodeError("Mustermann", "{", 0)
+        self.assertIn("    json.decoder.JSONDecodeError", self.logged("none", error))
+
+    def test_what_an_exception_suppresses_is_not_its_cause_and_circles_end(self):
+        one, other = ValueError("Mustermann"), KeyError("Mustermann")
+        one.__context__ = other
+        self.assertIn("    KeyError", self.logged("redacted", one))
+        one.__cause__ = None                            # as `from None` does
+        self.assertNotIn("    KeyError", self.logged("redacted", one))
+        one.__cause__, other.__cause__ = other, one
+        self.assertEqual(len([line for line in self.logged("redacted", one) if line.endswith("Error")]), 2)
+
+    @unittest.skipIf(sys.version_info < (3, 11), "ExceptionGroup")
+    def test_the_members_of_a_group_are_told_by_type(self):
+        members = [KeyError("Mustermann"), TypeError("Mustermann")]
+        group = ExceptionGroup("Mustermann", members)                                       # noqa: F821
+        lines = self.logged("redacted", group)
+        self.assertTrue({"    ExceptionGroup", "    KeyError", "    TypeError"} <= set(lines), lines)
+        self.assertNotIn("Mustermann", "".join(lines))
+
+    def test_an_exception_that_is_false_is_an_exception(self):
+        class Empty(Exception):
+            def __len__(self):
+                return 0
+        one = ValueError()
+        one.__cause__ = Empty()
+        self.assertIn("Empty", "".join(self.logged("redacted", one, handled=False)))
+        self.assertIn("Empty", "".join(self.logged("redacted", Empty(), handled=False)))
+
+    # -- what the sink does
 
     def test_a_sink_that_fails_stops_nobody_and_what_was_dropped_is_said(self):
         log, sink = self.log()
-        sink.error = OSError(28, "No space left on device")
+        self.assertEqual(log.trouble(), "")
+        sink.error = OSError(28, "Mustermann")
         for number in range(100):
             log.line("INFO", f"lost {number}")
-        until(lambda: log._dropped == 100, "100 dropped lines")
+        why = "100 log lines were dropped: No space left on device"
+        until(lambda: log.trouble() == why, "100 dropped lines")
         sink.error = None
+        until(lambda: log.trouble() == "", "the notice, also without a further line")
         log.line("INFO", "back")
         log.stop()
         notice, back = sink.text.splitlines()
-        self.assertRegex(notice, r"- WARNING - \[-\] 100 log lines were dropped: No space left on device$")
+        self.assertRegex(notice, rf"- WARNING - \[-\] {why}$")
+        self.assertRegex(notice, LINE)
         self.assertIn("back", back)
         self.assertTrue(sink.closed)
 
+    def test_what_is_dropped_while_the_notice_is_written_is_said_in_the_next_one(self):
+        log, sink = self.log(start=False)
+        log._drop(5, "the first reason")
+        write = sink.write
+
+        def drop_and_write(data, level):
+            sink.write = write
+            log._drop(2, "the second reason")
+            write(data, level)
+        sink.write = drop_and_write
+        log._write("INFO", [])
+        self.assertEqual(log.trouble(), "2 log lines were dropped: the second reason")
+        log._write("INFO", [])
+        self.assertEqual(log.trouble(), "")
+        self.assertEqual(re.findall(r"(\d) log lines were dropped: the (\w+)", sink.text),
+                         [("5", "first"), ("2", "second")])
+
+    def test_what_is_being_written_counts_as_waiting_and_a_wrong_count_heals(self):
+        log, sink = self.hanging_log()
+        for number in range(1000):
+            log.request(record(payload="x" * 1000))
+        being_written = log._dated("INFO", 0, "[-] into a pipe that nobody reads\n")
+        self.assertEqual(log._waiting, sum(len(text) for _, text in log._queue) + len(being_written))
+        sizes, write = [], Sink.write
+
+        def look(data, level):
+            sizes.append((log._waiting, len(data) + sum(len(text) for _, text in log._queue)))
+            write(sink, data, level)
+        sink.write = look
+        log._waiting += 12345                           # as if lines had been counted twice
+        sink.let_go.set()
+        until(lambda: log._waiting == 0, "the count of an empty queue")
+        log.stop()
+        self.assertGreater(len(sizes), 10)
+        self.assertEqual({waiting - there for waiting, there in sizes}, {12345})
+
+    def test_no_error_of_a_foreign_sink_ends_the_log_or_is_quoted(self):
+        log, sink = self.log()
+        for error in (ValueError("Mustermann"), SystemExit("Mustermann")):
+            sink.error = error
+            log.line("INFO", "lost")
+            until(lambda: log.trouble() == f"1 log lines were dropped: {type(error).__name__}", error)
+            sink.error = None
+            until(lambda: log.trouble() == "", "the notice")
+        log.stop()
+        self.assertNotIn("Mustermann", sink.text)
+        self.assertEqual(sink.text.count("were dropped"), 2)
+
     def test_a_full_queue_drops_and_says_so(self):
         log, sink = self.log(start=False)
-        with mock.patch.object(receiver, "LOG_QUEUE", 10):
+        with mock.patch.object(receiver, "LOG_LINES", 10):
             for number in range(15):
                 log.line("INFO", f"line {number}")
                 log.request(record())
+        self.assertEqual(log.trouble(), "20 log lines were dropped: the queue was full")
         log.start()
         log.stop()
         self.assertIn("20 log lines were dropped: the queue was full", sink.text)
         self.assertEqual(len(sink.text.splitlines()), 11)
 
-    def test_all_is_flushed_at_the_end(self):
-        log, sink = self.log()
-        for number in range(1000):
-            log.line("INFO", f"line {number}.")
+    def test_what_waits_for_a_sink_that_hangs_is_bounded_in_bytes_and_the_rest_is_counted(self):
+        for size, lines in ((200, receiver.LOG_LINES), (4000, receiver.LOG_BYTES // 4000)):
+            with self.subTest(size):
+                log, sink = self.hanging_log()
+                for number in range(24000):
+                    log.request(record(level="WARNING", status=400, payload="x" * size))
+                waiting = sum(len(text) for _, text in log._queue)
+                self.assertLessEqual(waiting, receiver.LOG_BYTES)
+                self.assertGreater(len(log._queue), lines * 0.9)
+                dropped = 24000 - len(log._queue)
+                self.assertEqual(log.trouble(), f"{dropped} log lines were dropped: the queue was full")
+                sink.let_go.set()
+                until(lambda: log.trouble() == "" and not log._waiting, "all that waited")
+                log.line("INFO", "there is room again")
+                log.stop()
+                self.assertEqual(sink.text.count("payload=xxx"), 24000 - dropped)
+                self.assertIn(f"{dropped} log lines were dropped", sink.text)
+                self.assertIn("there is room again", sink.text)
+
+    def test_one_line_larger_than_all_that_may_wait_is_dropped_and_its_neighbour_is_not(self):
+        log, sink = self.log(start=False)
+        log.request(record(payload="x" * receiver.LOG_BYTES))
+        log.request(record(payload="y" * (receiver.LOG_BYTES - 1000)))
+        log.start()
         log.stop()
-        self.assertEqual(re.findall(r"line (\d+)\.", sink.text), [str(number) for number in range(1000)])
+        counts = [sink.text.count(part) for part in ("1 log lines were dropped", "=xxx", "=yyy")]
+        self.assertEqual(counts, [1, 0, 1])
+
+    def test_lines_are_written_in_order_and_in_few_writes_of_bounded_size(self):
+        log, sink = self.log(start=False)
+        sizes, write = [], sink.write
+        sink.write = lambda data, level: (sizes.append(len(data)), write(data, level))
+        for number in range(5000):
+            log.line("INFO", f"line {number}.")
+        log.start()
+        log.stop()
+        self.assertEqual(numbers(sink.text), list(range(5000)))
+        self.assertLessEqual(max(sizes), receiver.LOG_WRITE)
+        self.assertLess(len(sizes), 10)
 
     def test_a_sink_that_never_returns_does_not_keep_the_service_from_ending(self):
-        log, sink = self.log()
-        stuck, let_go = threading.Event(), threading.Event()
-
-        def write(data, level):
-            stuck.set()
-            let_go.wait(WAIT)
-        sink.write = write
-        log.line("INFO", "into a pipe that nobody reads")
-        self.assertTrue(stuck.wait(WAIT))
+        log, sink = self.hanging_log()
         with mock.patch.object(receiver, "LOG_FLUSH_SECONDS", 0.05):
             log.stop()
         self.assertFalse(sink.closed)
-        let_go.set()
+        sink.let_go.set()
         log._thread.join(WAIT)
 
-    def test_a_file_is_rotated_by_size_and_loses_no_line(self):
-        path = self.folder / "small.log"
-        log, _ = self.log(sink=receiver.FileSink(str(path), 4096, 20))
-        for number in range(400):
-            log.line("INFO", f"line {number}.")
-        log.stop()
-        pieces = sorted(self.folder.glob("small.log*"), key=lambda piece: -int(piece.suffix[1:] if piece != path else 0))
-        self.assertGreater(len(pieces), 5)
-        self.assertTrue(all(piece.stat().st_size <= 4096 for piece in pieces))
-        text = "".join(piece.read_text() for piece in pieces)
-        self.assertEqual(re.findall(r"line (\d+)\.", text), [str(number) for number in range(400)])
-        if POSIX:
-            self.assertEqual(path.stat().st_mode & 0o077, 0)
+    def test_the_last_look_at_a_sink_that_fails_tries_once(self):
+        log, sink = self.log(start=False)
+        tries, sink.write = [], mock.Mock(side_effect=OSError(32, ""))
+        with mock.patch.object(sink, "most", 0):
+            for number in range(500):
+                log.line("INFO", "lost")
+            log._stop.set()
+            log.start()
+            log.stop()
+        self.assertEqual(sink.write.call_count, 1)
 
-    def test_a_rotation_that_fails_half_way_does_not_silence_the_log_for_ever(self):
-        path = self.folder / "small.log"
-        sink = receiver.FileSink(str(path), 4096, 2)
-        self.addCleanup(sink.close)
-        sink.write(b"x" * 4000 + b"\n", 20)
-        with mock.patch.object(receiver._LogFile, "_open", side_effect=OSError(24, "Too many open files")):
-            for _ in range(2):
-                self.assertRaisesRegex(OSError, "Too many open files", sink.write, b"y" * 4000 + b"\n", 20)
-        sink.write(b"z\n", 20)
-        self.assertEqual(path.read_text(), "z\n")
+    def test_what_was_queued_is_written_when_the_interpreter_ends_without_a_stop(self):
+        slow = "write = sink.write; sink.write = lambda *some: (time.sleep(0.3), write(*some))"
+        for name, code, text in (("a program that ends", "", "0 1 2"), ("sys.exit", "sys.exit(0)", "0 1 2"),
+                                 ("an exception", "raise KeyError", "0 1 2"), ("a slow sink", slow, "0 1 2"),
+                                 ("after stop()", "log.stop()", "0 1 2"),
+                                 ("a sink that hangs", "sink.write = lambda *_: time.sleep(3600)", "")):
+            with self.subTest(name):
+                path = self.folder / "at exit.log"
+                path.write_text("")
+                script = ("import sys, time; import webhook_server as w;"
+                          "w.LOG_FLUSH_SECONDS = float(sys.argv[2]);"
+                          "sink = w.FileSink(sys.argv[1], 100000, 1); log = w.Log(sink); log.start();"
+                          f"[log.line('INFO', f'line {{number}}.') for number in range(3)]\n{code}")
+                limit = WAIT if text else 0.2
+                done = subprocess.run([sys.executable, "-c", script, str(path), str(limit)],
+                                      timeout=WAIT, capture_output=True, text=True,
+                                      env={**clean_environment(), "PYTHONPATH": str(PROGRAM.parent)})
+                self.assertEqual(done.returncode, int(name == "an exception"), done.stderr)
+                self.assertEqual(" ".join(map(str, numbers(path.read_text()))), text)
 
-    def test_large_payloads_wait_as_short_text_and_not_without_bound(self):
-        log, sink = self.log(mode="full", start=False)
-        shown = [log.shown({"x": "y" * 1000000}) for _ in range(40)]
-        self.assertLess(sum(map(len, shown)), receiver.LOG_LARGE + 40 * 100)
-        self.assertIn("too many for the log's queue", shown[-1])
-        log.request(record(payload=shown[0]))
+    def test_a_program_that_ends_without_stopping_the_service_has_its_last_lines_in_the_log(self):
+        script = ("import http.client, sys; from webhook_server import Config, WebhookServer;"
+                  "server = WebhookServer(Config(port=0, database='e.db', log_file='e.log')).start();"
+                  "sender = http.client.HTTPConnection('127.0.0.1', server.port);"
+                  f"sender.request('POST', '{PATH}', sys.argv[1]); sender.getresponse().read()")
+        subprocess.run([sys.executable, "-c", script, json.dumps(event())], check=True, timeout=WAIT,
+                       cwd=self.folder, env={**clean_environment(), "PYTHONPATH": str(PROGRAM.parent)})
+        self.assertIn("200 stored event_id=1", (self.folder / "e.log").read_text())
+
+    def test_a_log_that_was_stopped_is_kept_alive_by_nobody(self):
+        log, _ = self.log(start=False)
         log.start()
         log.stop()
-        self.assertIn('payload={"x": "yyy', sink.text)
-
-    def test_a_file_that_cannot_be_rotated_is_written_on(self):
-        path = self.folder / "small.log"
-        sink = receiver.FileSink(str(path), 4096, 2)
-        log, _ = self.log(sink=sink)
-        with mock.patch.object(os, "rename", side_effect=PermissionError(13, "Permission denied")):
-            for number in range(200):
-                log.line("INFO", f"line {number}.")
-            log.stop()
-        self.assertEqual(len(re.findall(r"line (\d+)\.", path.read_text())), 200)
-
-    @unittest.skipUnless(resource, "limits of POSIX")
-    def test_a_full_disk_leaves_no_half_line_behind(self):
-        path = self.folder / "limited.log"
-        script = ("import resource, signal, sys; import webhook_server as w; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-                  "sink = w.FileSink(sys.argv[1], 100000, 2); sink.write(b'first line\\n', 20);"
-                  "hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1];"
-                  "resource.setrlimit(resource.RLIMIT_FSIZE, (15, hard))\n"
-                  "try: sink.write(b'second line\\n', 20)\n"
-                  "except OSError: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard)); sink.write(b'third line\\n', 20)")
-        subprocess.run([sys.executable, "-c", script, str(path)], check=True, timeout=WAIT,
-                       env={**clean_environment(), "PYTHONPATH": str(PROGRAM.parent)})
-        self.assertEqual(path.read_text(), "first line\nthird line\n")
+        gone = weakref.ref(log)
+        del log
+        gc.collect()
+        self.assertIsNone(gone())
 
     def test_a_line_after_a_torn_one_starts_on_a_line_of_its_own(self):
         sink, written = receiver.StreamSink(), []
@@ -2009,15 +4296,23 @@ class LogTest(ServerTest):
         self.assertEqual(b"".join(written).splitlines(), [b"a tor", b"a whole line"])
 
     @unittest.skipUnless(POSIX and os.path.exists("/dev/full"), "/dev/full")
-    def test_a_closed_pipe_or_a_full_device_as_stderr_never_stops_the_service(self):
-        reader, writer = os.pipe()
+    def test_a_stderr_that_takes_nothing_never_stops_the_service(self):
+        reader, closed = os.pipe()
         os.close(reader)
+        reader, unread = os.pipe()
+        self.addCleanup(os.close, reader)
+        os.set_blocking(unread, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(unread, bytes(4096))
+        os.set_blocking(unread, True)
         full = os.open("/dev/full", os.O_WRONLY)
-        for name, stderr in (("a closed pipe", writer), ("a full device", full)):
+        code = "import sys, webhook_server as w; w.LOG_FLUSH_SECONDS = 0.2; sys.exit(w.main())"
+        for name, stderr in (("a closed pipe", closed), ("a full device", full), ("an unread pipe", unread)):
             with self.subTest(name):
-                process = subprocess.Popen([sys.executable, "-S", str(PROGRAM), "--port", "0", "--database",
+                process = subprocess.Popen([sys.executable, "-S", "-c", code, "--port", "0", "--database",
                                             str(self.database)], stdout=subprocess.PIPE, stderr=stderr,
-                                           env=clean_environment())
+                                           env={**clean_environment(), "PYTHONPATH": str(PROGRAM.parent)})
                 os.close(stderr)
                 with process:
                     try:
@@ -2036,7 +4331,8 @@ class LogTest(ServerTest):
         self.post(two, event(appointment_id="APT-of-two"))
         one.stop(), two.stop()
         logs = [(self.folder / name).read_text() for name in ("one.log", "two.log")]
-        self.assertEqual([("APT-of-one" in log, "APT-of-two" in log) for log in logs], [(True, False), (False, True)])
+        self.assertEqual([("APT-of-one" in log, "APT-of-two" in log) for log in logs],
+                         [(True, False), (False, True)])
 
     def test_a_logger_of_the_embedding_program_takes_the_lines_with_their_levels(self):
         logger = logging.Logger("theirs")
@@ -2058,19 +4354,238 @@ class LogTest(ServerTest):
         self.post(server)
         self.post(server, event(patient_id=...))
         self.post(server, b"{")
-        with mock.patch.object(server.store.engine, "_insert_all", side_effect=RuntimeError("a bug")):
+        with mock.patch.object(receiver.Session, "insert", side_effect=RuntimeError("a bug")):
             self.assertEqual(self.post(server, event(appointment_id="APT-9")).status, 500)
         lines = self.log_text(server).splitlines()
         heads = [line for line in lines if not line.startswith("    ")]
         for line in heads:
             self.assertRegex(line, LINE)
-        found = [(re.search("webhook - ([A-Z]+)", line).group(1), (re.search(r" (\d{3}) ", line) or [0, None])[1])
-                 for line in heads]
-        self.assertEqual([status for status in found if status[1]],
-                         [("INFO", "200"), ("WARNING", "409"), ("WARNING", "400"), ("WARNING", "400"), ("ERROR", "500")])
+        found = re.findall(r" - webhook - ([A-Z]+) - \[\S+\] POST \S+ (\d{3}) ", "\n".join(heads))
+        # Threads log what they have answered after the answer, so in any order
+        self.assertEqual(sorted(found), [("ERROR", "500"), ("INFO", "200"), ("WARNING", "400"),
+                                         ("WARNING", "400"), ("WARNING", "409")])
         self.assertIn("Service started", heads[0])
         self.assertIn("Service stopped", heads[-1])
         self.assertIn("    Traceback (most recent call last):", lines)
+
+class LogFileTest(ServerTest):
+
+    def setUp(self):
+        super().setUp()
+        self.path = self.folder / "logs" / "small.log"
+        self.path.parent.mkdir()
+
+    def log(self, max_bytes=1000000, backups=20):
+        log = Log(receiver.FileSink(str(self.path), max_bytes, backups))
+        log.start()
+        self.addCleanup(log.stop)
+        return log
+
+    def say(self, log, *some):
+        """Have lines written, and wait until they are."""
+        for number in some:
+            log.line("INFO", f"line {number}.")
+        until(lambda: not log._waiting, "the lines")
+
+    def look_seldom(self):
+        patch = mock.patch.object(receiver, "LOG_LOOK_SECONDS", 3600)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    @unittest.skipUnless(POSIX, "needs a named pipe")
+    def test_a_log_file_that_is_no_file_is_written_and_never_rotated(self):
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reading)
+        sink = receiver.FileSink(str(pipe), 4096, 1)
+        self.addCleanup(sink.close)
+        for _ in range(3):
+            sink.write(b"x" * 3000 + b"\n", "INFO")
+            self.assertEqual(os.read(reading, 65536), b"x" * 3000 + b"\n")
+        os.rename(pipe, self.folder / "moved")
+        sink.reopen()
+        sink.write(b"y\n", "INFO")
+        self.assertEqual(os.read(reading, 65536), b"y\n")
+        self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["logs", "moved"])
+
+    def test_a_file_is_rotated_by_size_and_loses_no_line(self):
+        log = self.log(max_bytes=4096)
+        for number in range(400):
+            log.line("INFO", f"line {number}.")
+        log.stop()
+        pieces = sorted(self.path.parent.glob("small.log*"),
+                        key=lambda piece: -int(piece.suffix[1:] if piece != self.path else 0))
+        self.assertGreater(len(pieces), 5)
+        self.assertTrue(all(piece.stat().st_size <= 4096 for piece in pieces))
+        self.assertEqual(numbers("".join(piece.read_text() for piece in pieces)), list(range(400)))
+        if POSIX:
+            self.assertEqual(self.path.stat().st_mode & 0o777, 0o600)
+
+    def test_a_rotation_that_fails_half_way_does_not_silence_the_log_for_ever(self):
+        sink = receiver.FileSink(str(self.path), 4096, 2)
+        self.addCleanup(sink.close)
+        sink.write(b"x" * 4000 + b"\n", "INFO")
+        with mock.patch.object(receiver._LogFile, "_open", side_effect=OSError(24, "Too many open files")):
+            for _ in range(2):
+                with self.assertRaisesRegex(OSError, "Too many open files"):
+                    sink.write(b"y" * 4000 + b"\n", "INFO")
+        sink.write(b"z\n", "INFO")
+        self.assertEqual(self.path.read_text(), "z\n")
+
+    def test_a_file_that_cannot_be_rotated_is_written_on(self):
+        log = self.log(max_bytes=4096)
+        with mock.patch.object(os, "rename", side_effect=PermissionError(13, "Permission denied")):
+            for number in range(200):
+                log.line("INFO", f"line {number}.")
+            log.stop()
+        self.assertEqual(numbers(self.path.read_text()), list(range(200)))
+
+    @unittest.skipUnless(POSIX, "renames an open file")
+    def test_a_file_that_was_renamed_is_left_and_a_new_one_made_within_a_second(self):
+        log, moved = self.log(), self.path.with_name("moved")
+        self.say(log, 0, 1)
+        os.rename(self.path, moved)
+        until(self.path.exists, "a new file, also without a line to write")
+        self.say(log, 2)
+        self.assertEqual((numbers(moved.read_text()), numbers(self.path.read_text())), ([0, 1], [2]))
+        self.assertEqual(self.path.stat().st_mode & 0o777, 0o600)
+
+    @unittest.skipUnless(POSIX, "renames an open file")
+    def test_lines_said_while_files_are_renamed_are_each_written_once(self):
+        log = self.log()
+        with mock.patch.object(receiver, "LOG_LOOK_SECONDS", 0.001):
+            for turn in range(20):
+                self.say(log, *range(turn * 10, turn * 10 + 5))
+                os.rename(self.path, self.path.with_name(f"moved.{turn:02}"))
+                for number in range(turn * 10 + 5, turn * 10 + 10):
+                    log.line("INFO", f"line {number}.")
+                until(self.path.exists, "the new file")
+            log.stop()
+        pieces = [*sorted(self.path.parent.glob("moved.*")), self.path]
+        self.assertEqual(numbers("".join(piece.read_text() for piece in pieces)), list(range(200)))
+
+    @unittest.skipUnless(POSIX, "renames an open file")
+    def test_the_file_that_somebody_made_anew_is_gone_on_in_at_once_when_asked(self):
+        self.look_seldom()
+        log, moved = self.log(), self.path.with_name("moved")
+        self.say(log, 0)
+        os.rename(self.path, moved)
+        self.path.write_text("made by logrotate\n")
+        self.say(log, 1)                                # nobody has said so: still to the old one
+        log.reopen()
+        self.say(log, 2)
+        self.assertEqual((numbers(moved.read_text()), numbers(self.path.read_text())), ([0, 1], [2]))
+        self.assertEqual(self.path.read_text().splitlines()[0], "made by logrotate")
+        inode = self.path.stat().st_ino
+        log.reopen()                                    # a file in its place stays open
+        self.say(log, 3)
+        self.assertEqual((numbers(self.path.read_text()), self.path.stat().st_ino), ([2, 3], inode))
+
+    @unittest.skipUnless(POSIX, "removes an open file")
+    def test_a_file_that_was_removed_is_made_anew(self):
+        log = self.log()
+        self.say(log, 0)
+        os.remove(self.path)
+        until(self.path.exists, "a new file")
+        self.say(log, 1)
+        self.assertEqual(numbers(self.path.read_text()), [1])
+
+    @unittest.skipUnless(POSIX, "renames the folder of an open file")
+    def test_a_folder_that_is_gone_is_an_error_until_it_is_back(self):
+        log, folder = self.log(), self.path.parent
+        self.say(log, 0)
+        os.rename(folder, self.folder / "gone")
+        until(log.trouble, "trouble, also without a line to write")
+        self.assertEqual(log.trouble(), "No such file or directory")
+        self.say(log, 1, 2)
+        self.assertEqual(log.trouble(), "2 log lines were dropped: No such file or directory")
+        folder.mkdir()
+        until(lambda: log.trouble() == "", "recovery")
+        self.say(log, 3)
+        self.assertEqual(numbers((self.folder / "gone" / "small.log").read_text()), [0])
+        notice, line = self.path.read_text().splitlines()
+        self.assertIn("2 log lines were dropped: No such file or directory", notice)
+        self.assertEqual(numbers(line), [3])
+
+    def test_the_file_is_looked_at_once_a_second_at_most(self):
+        self.look_seldom()
+        sink = receiver.FileSink(str(self.path), 1000000, 2)
+        self.addCleanup(sink.close)
+        with mock.patch.object(sink, "_has_lost_its_name", return_value=False) as look:
+            for _ in range(50):
+                sink.tend()
+                sink.write(b"x\n", "INFO")
+        self.assertEqual(look.call_count, 1)
+
+    @unittest.skipUnless(POSIX, "removes the name of an open file")
+    def test_a_look_that_the_system_refuses_changes_nothing(self):
+        sink = receiver.FileSink(str(self.path), 1000000, 2)
+        self.addCleanup(sink.close)
+        sink.write(b"x\n", "INFO")
+        for number, error in ((13, PermissionError), (5, OSError)):
+            with mock.patch.object(os, "stat", side_effect=OSError(number, "refused")):
+                sink.reopen()
+                self.assertRaises(error, sink.write, b"y\n", "INFO")
+        sink.write(b"z\n", "INFO")
+        self.assertEqual(self.path.read_text(), "x\nz\n")
+
+    @unittest.skipUnless(POSIX, "an open file is changed")
+    def test_a_file_that_was_copied_and_emptied_is_not_rotated_too_early(self):
+        sink = receiver.FileSink(str(self.path), 4096, 2)
+        self.addCleanup(sink.close)
+        for _ in range(3):
+            sink.write(b"x" * 3000 + b"\n", "INFO")
+            os.truncate(self.path, 0)
+        sink.write(b"y\n", "INFO")
+        self.assertEqual(self.path.read_text(), "y\n")
+        self.assertEqual(os.listdir(self.path.parent), ["small.log"])
+
+    def test_a_line_longer_than_a_file_may_be_is_written_and_no_empty_file_is_kept(self):
+        sink = receiver.FileSink(str(self.path), 4096, 5)
+        self.addCleanup(sink.close)
+        for _ in range(2):
+            sink.write(b"x" * 5000 + b"\n", "INFO")
+        self.assertEqual(sorted(path.stat().st_size for path in self.path.parent.iterdir()), [5001, 5001])
+
+    @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "Linux")
+    def test_a_file_of_the_system_is_not_rotated_whatever_is_behind_it(self):
+        with open(self.path, "ab") as file:
+            sink = receiver.FileSink(f"/proc/self/fd/{file.fileno()}", 4096, 2)
+            self.addCleanup(sink.close)
+            with mock.patch.object(receiver._LogFile, "doRollover") as rotate:
+                for _ in range(3):
+                    sink.write(b"x" * 3000, "INFO")
+        self.assertEqual((rotate.call_count, self.path.stat().st_size), (0, 9000))
+
+    @unittest.skipUnless(POSIX, "renames an open file")
+    def test_the_file_that_is_left_is_closed(self):
+        sink = receiver.FileSink(str(self.path), 4096, 2)
+        self.addCleanup(sink.close)
+        left = sink._file.stream
+        os.rename(self.path, self.path.with_name("moved"))
+        sink.reopen()
+        sink.tend()
+        self.assertTrue(left.closed)
+
+    @unittest.skipUnless(resource, "limits of POSIX")
+    def test_a_full_disk_leaves_no_half_line_behind(self):
+        script = """if True:
+            import resource, signal, sys, webhook_server
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            sink = webhook_server.FileSink(sys.argv[1], 100000, 2)
+            sink.write(b"first line\\n", "INFO")
+            hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (15, hard))
+            try:
+                sink.write(b"second line\\n", "INFO")
+            except OSError:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+                sink.write(b"third line\\n", "INFO")
+        """
+        subprocess.run([sys.executable, "-c", script, str(self.path)], check=True, timeout=WAIT,
+                       env={**clean_environment(), "PYTHONPATH": str(PROGRAM.parent)})
+        self.assertEqual(self.path.read_text(), "first line\nthird line\n")
 
 
 # =============================================================================
@@ -2229,7 +4744,7 @@ class RequestIdTest(unittest.TestCase):
 
     def test_threads_never_share_an_id(self):
         ids, made = RequestIds(), []
-        in_threads(8, lambda number: made.extend([ids.next()[0] for _ in range(2000)]))
+        in_threads(8, lambda: made.extend([ids.next()[0] for _ in range(2000)]))
         self.assertEqual(len(set(made)), 16000)
 
 
@@ -2766,7 +5281,7 @@ class ReceiveTest(HTTPTest):
         self.assertEqual((answer.status, answer.json["error"]), (500, "Server Error"))
         self.assertEqual(self.post(server).status, 200)
         self.assertRegex(self.log_text(server), r"ERROR - \[" + re.escape(answer.json["request_id"]) +
-                         r"\] Unexpected error\n    Traceback[^\0]*\n    RuntimeError: a bug\n")
+                         r"\] Unexpected error\n    Traceback[^\0]*\n    RuntimeError\n")
 
     def test_of_16_clients_that_send_the_same_events_each_event_is_taken_once(self):
         server = self.start()
@@ -3815,6 +6330,101 @@ class SiteTest(HTTPTest):
         self.assertFalse([name for name in refused.headers if name.startswith("access-control")])
 
 
+class PrivacyTest(HTTPTest):
+    """Nothing of a person in the log, wherever it is put into a request."""
+
+    MARK = "Zaphod"
+
+    def bodies(self):
+        """Bodies that hold the mark somewhere: no JSON, no event, not valid, valid."""
+        mark = self.MARK
+        yield mark.encode()
+        yield b'{"' + mark.encode() + b'": '
+        yield b'{"a": "' + mark.encode() + b'", "a": "\xff"}'
+        yield json.dumps(mark).encode()
+        yield json.dumps([mark, {mark: mark}]).encode()
+        yield json.dumps({mark: mark}).encode()
+        for name in (*receiver.REQUIRED_FIELDS, "notes"):
+            for value in ({mark: mark}, [mark], mark * 50 if name != "notes" else [[mark]], {"a": {"b": mark}}):
+                yield json.dumps(event(**{name: value, "patient_id" if name != "patient_id" else "event_type": 7})).encode()
+        yield json.dumps(event(event_type=mark)).encode()
+        yield json.dumps(event(timestamp=mark)).encode()
+        yield json.dumps(event(timestamp=mark, **{mark: mark})).encode()
+        yield json.dumps(event(appointment_id="A-1", patient_id=mark, notes=mark, room=mark, **{mark: {mark: [mark]}})).encode()
+        yield json.dumps(event(appointment_id="A-1", patient_id=mark, notes=mark + "2", **{mark: 1})).encode()
+        yield json.dumps(event(appointment_id="A-2", notes=mark * 10000)).encode()
+        yield json.dumps(event(appointment_id="A-2", notes=mark * 10001)).encode()
+        yield json.dumps(event(appointment_id="A-3", short=mark)).encode()
+        yield json.dumps(event(appointment_id="A-4", tags={mark: "x"})).encode()
+
+    def requests(self):
+        """Bytes of requests that hold the mark somewhere."""
+        mark = self.MARK
+        for body in self.bodies():
+            yield post_bytes(body)
+            yield post_bytes(body, "Connection: close")
+        escaped = "".join(f"%{byte:02x}" for byte in mark.encode())
+        for route in receiver.ROUTES:
+            path = route.path.replace("{event_id}", "1")
+            for first in (f"{mark} {path} HTTP/1.1", f"{mark.upper()} /{mark} HTTP/1.1", f"GET {path}/{mark} HTTP/1.1",
+                          f"GET {path}/{escaped} HTTP/1.1", f"GET {path};{mark} HTTP/1.1", f"GET {path}?{mark} HTTP/1.1",
+                          f"GET {path}?{mark}={mark} HTTP/1.1", f"GET {path}?{escaped}=1 HTTP/1.1",
+                          f"GET {path}?patient_id%3D{mark} HTTP/1.1", f"GET {path}?patient_id={mark} HTTP/1.1",
+                          f"GET {path}?patient_id={mark}&patient_id={mark} HTTP/1.1", f"GET {path}?since={mark} HTTP/1.1",
+                          f"GET {path}?limit={mark} HTTP/1.1", f"GET {path}?event_type={mark} HTTP/1.1",
+                          f"GET {path}?after={mark} HTTP/1.1", f"GET {path}#{mark} HTTP/1.1", f"GET {mark} HTTP/1.1",
+                          f"GET http://{mark}{path} HTTP/1.1", f"OPTIONS {path}?{mark} HTTP/1.1", f"GET {path} HTTP/{mark}",
+                          f"DELETE {path}?{mark} HTTP/1.1", f"GET {path} {mark} HTTP/1.1"):
+                yield head_bytes("Content-Length: 0", first=first)
+            for line in (f"Host: {mark}", f"Origin: http://{mark}", f"Accept: {mark}/{mark}", f"{mark}: {mark}", f"{mark}",
+                         f"Expect: {mark}", f"Content-Length: {mark}", f"Transfer-Encoding: {mark}", f"Cookie: {mark}",
+                         f"Content-Encoding: {mark}", f"Sec-Fetch-Site: {mark}", f"Connection: {mark}", f"User-Agent: {mark}",
+                         f"Referer: {mark}", f"{mark} : x", f"X-Request-ID: {mark}", f"Authorization: Bearer {mark}"):
+                host = "" if line.startswith("Host") else "Host: localhost"
+                yield head_bytes(line, first=f"{route.method} {path} HTTP/1.1", host=host)
+        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
+        for body in (mark, f"2;{mark}\r\n{{}}\r\n0\r\n{mark}: {mark}\r\n\r\n", f"2\r\n{{}}\r\n0\r\n{mark}\r\n\r\n"):
+            yield chunked + body.encode()
+        yield mark.encode() + b"\0\r\n\r\n"
+
+    def test_a_mark_in_any_place_of_a_request_is_in_no_line_of_the_log(self):
+        schema = json.loads((HERE / "schema.json").read_text())
+        schema["properties"].update(short={"type": "string", "maxLength": 3, "pattern": "^[a-z]+$"},
+                                    tags={"type": "object", "propertyNames": {"maxLength": 2}})
+        (self.folder / "schema.json").write_text(json.dumps(schema))
+        for mode in ("redacted", "none", "full"):
+            with self.subTest(mode):
+                log = self.folder / f"{mode}.log"
+
+                def on_event(stored):
+                    raise KeyError(stored.payload)
+                server = self.start(log_payloads=mode, log_file=str(log), database=str(self.folder / f"{mode}.db"),
+                                    schema=str(self.folder / "schema.json"), log_level="DEBUG", on_event=on_event)
+                seen = {status for request in self.requests() for status in statuses(self.exchange(server, request))}
+                with mock.patch.object(server._endpoints.rules.contract, "event", side_effect=ValueError(self.MARK)):
+                    self.assertEqual(self.post(server).status, 500)
+                server.stop()
+                self.assertLessEqual({200, 400, 403, 404, 405, 406, 409, 411, 415, 417, 501}, seen)
+                text = log.read_text()
+                if mode == "full":              # what the operator asked for: payloads, and texts of exceptions
+                    lines = [re.sub(" payload=.*", "", line) for line in text.splitlines() if not line.startswith("    ")]
+                    text = "\n".join(lines)
+                for mark in (self.MARK, self.MARK.upper(), self.MARK.lower()):
+                    found = [line for line in text.splitlines() if mark in line]
+                    self.assertEqual(found, [], mode)
+                self.assertIn("POST /webhook/appointments 200 stored", text)
+
+    def test_what_may_be_shown_is_shown_where_it_is_valid(self):
+        server = self.start()
+        self.post(server, event(appointment_id="A-77", patient_id=..., room="x"))
+        self.post(server, event(appointment_id=5, event_type="moved"))
+        lines = [line.partition("payload=")[2] for line in self.log_text(server).splitlines() if " 400 " in line]
+        self.assertEqual([json.loads(line.partition("} +")[0].rstrip("}") + "}") for line in lines],
+                         [{"event_type": "scheduled", "appointment_id": "A-77", "timestamp": "2025-01-10T14:00:00Z"},
+                          {"event_type": "***", "appointment_id": "***", "patient_id": "***",
+                           "timestamp": "2025-01-10T14:00:00Z"}])
+
+
 class HostileTest(HTTPTest):
     """What attackers try on the wire."""
 
@@ -3897,7 +6507,7 @@ class HostileTest(HTTPTest):
             head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"2\r\n{}\r\n0\r\n\r\n",
             head_bytes(first=f"GET {PATH}?limit=5&since=2025-01-10T14:00:00Z HTTP/1.1"), bytes(range(256)),
             b"\r\n" * 50]
-        for _ in range(400):
+        for _ in range(150):
             data = bytearray(chance.choice(seeds) + chance.choice(seeds))
             for _ in range(chance.randrange(6)):
                 at = chance.randrange(len(data))
@@ -4068,7 +6678,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Schema", "Events", "Store", "Log", "HTTP", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP", "Endpoints",
+         "Connections", "Service", "Command line")
 
 
 def can_connect(port):
@@ -4102,8 +6713,10 @@ class RunningTest(ServerTest):
 
     def run_program(self, *arguments, environment=(), **options):
         """The program, running; killed after the test if it still does."""
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        process = subprocess.Popen([sys.executable, "-S", "-I", str(PROGRAM), *map(str, arguments)], cwd=self.folder,
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE,
+                   **options}
+        process = subprocess.Popen([sys.executable, "-S", "-I", str(PROGRAM), *map(str, arguments)],
+                                   cwd=self.folder,
                                    env={**clean_environment(), **dict(environment)}, **options)
 
         def end():
@@ -4132,10 +6745,11 @@ class RunningTest(ServerTest):
         return connection, body
 
 
-class EmbeddingTest(ServerTest):
+class EmbeddingTest(RunningTest):
 
     def config(self, **settings):
-        return Config(**{"port": 0, "database": str(self.database), "log_file": str(self.folder / "server.log"),
+        return Config(**{"port": 0, "database": str(self.database),
+                         "log_file": str(self.folder / "server.log"),
                          "shutdown_timeout": 2, **settings})
 
     def test_a_with_block_starts_and_stops_the_service(self):
@@ -4161,7 +6775,58 @@ class EmbeddingTest(ServerTest):
         self.post(server, event(appointment_id="APT-4", patient_id=...))
         server.stop()
         self.assertEqual([appointment for _, appointment in seen], ["APT-1", "APT-2", "APT-3"])
-        self.assertEqual(seen, rows(self.database, "SELECT id, appointment_id FROM appointment_events ORDER BY id"))
+        stored = rows(self.database, "SELECT id, appointment_id FROM appointment_events ORDER BY id")
+        self.assertEqual(seen, stored)
+
+    def test_what_could_never_work_is_refused_before_a_file_is_made(self):
+        async def later(stored):
+            pass
+
+        async def many_later(stored):
+            yield
+
+        def many(stored):
+            yield
+
+        class Later:
+            async def __call__(self, stored):
+                pass
+        for arguments, word in (({"on_event": later}, "async def"), ({"on_event": many_later}, "async def"),
+                                ({"on_event": functools.partial(later)}, "async def"),
+                                ({"on_event": Later()}, "async def"),
+                                ({"on_event": many}, "generator"), ({"on_event": "print"}, "not a str"),
+                                ({"logger": "webhook"}, "getLogger"), ({"logger": ""}, "not a str"),
+                                ({"config": {"port": 0}}, "not a dict"),
+                                ({"config": "events.db"}, "not a str")):
+            with self.subTest(arguments):
+                with self.assertRaises(SetupError) as caught:
+                    WebhookServer(**{"config": self.config(), **arguments})
+                self.assertIn(word, str(caught.exception))
+                self.assertIn(next(iter(arguments)), str(caught.exception))
+        self.assertEqual(list(self.folder.iterdir()), [])
+        adapter = logging.LoggerAdapter(logging.Logger("mine"), {})
+        for arguments in ({"on_event": functools.partial(print, end="")}, {"on_event": [].append},
+                          {"logger": adapter}):
+            with self.subTest(arguments):
+                WebhookServer(self.config(), **arguments).stop()
+
+    def test_an_on_event_that_gives_back_a_coroutine_is_told_that_nobody_awaits_it(self):
+        made = []
+
+        async def later(stored):
+            pass
+
+        def on_event(stored):
+            made.append(later(stored))
+            return made[-1]
+        server = self.start(on_event=on_event)
+        for number in range(2):
+            self.post(server, event(appointment_id=f"APT-{number}"))
+        log = self.log_text(server)
+        self.assertEqual({inspect.getcoroutinestate(one) for one in made}, {inspect.CORO_CLOSED})
+        for number in (1, 2):
+            self.assertIn(f"on_event failed for event {number}", log)
+        self.assertIn("TypeError", log)
 
     def test_an_on_event_that_raises_or_exits_gets_the_next_event_all_the_same(self):
         seen = []
@@ -4175,7 +6840,7 @@ class EmbeddingTest(ServerTest):
         log = self.log_text(server)
         self.assertEqual(seen, [1, 2, 3])
         self.assertIn("ERROR - [-] on_event failed for event 2", log)
-        self.assertIn("ValueError: mine", log)
+        self.assertIn("ValueError", log)
 
     def test_a_slow_on_event_keeps_no_sender_waiting_and_stop_waits_for_it(self):
         go_on, seen = threading.Event(), []
@@ -4183,7 +6848,7 @@ class EmbeddingTest(ServerTest):
         def on_event(stored):
             go_on.wait(WAIT)
             seen.append(stored.id)
-        server = self.start(on_event=on_event)
+        server = self.start(on_event=on_event, shutdown_timeout=WAIT)
         self.addCleanup(go_on.set)
         for number in range(5):
             self.assertEqual(self.post(server, event(appointment_id=f"APT-{number}")).status, 200)
@@ -4195,6 +6860,106 @@ class EmbeddingTest(ServerTest):
         go_on.set()
         stopping.join(WAIT)
         self.assertEqual(seen, [1, 2, 3, 4, 5])
+        self.assertNotIn("not handed", (self.folder / "server.log").read_text())
+
+    def test_stop_waits_for_on_event_no_longer_than_shutdown_timeout_and_says_what_it_missed(self):
+        go_on, seen = threading.Event(), []
+
+        def on_event(stored):
+            seen.append(stored.id)
+            go_on.wait(WAIT)
+        self.addCleanup(go_on.set)
+        server = self.start(on_event=on_event, shutdown_timeout=0.2)
+        for number in range(3):
+            self.post(server, event(appointment_id=f"APT-{number}"))
+        until(lambda: seen, "the first call")
+        caller = next(thread for thread in threading.enumerate() if thread.name == "webhook-callbacks")
+        log = self.log_text(server)
+        self.assertRegex(log, r"INFO - \[-\] Stop waits for on_event, which has been busy with event 1 for "
+                              r"\d+ s; 0.2 s at most\n")
+        self.assertRegex(log, r"ERROR - \[-\] Stop does not wait for on_event any longer, which has been "
+                              r"busy with event 1 for \d+ s; 2 events were not handed to it\n")
+        self.assertIn("Service stopped", log)
+        go_on.set()
+        caller.join(WAIT)
+        self.assertFalse(caller.is_alive())
+        self.assertEqual(seen, [1])                     # what was told as not handed over stays so
+
+    def test_a_stop_that_waits_for_a_request_says_so(self):
+        server = self.start(shutdown_timeout=WAIT)
+        connection, rest = self.begin_event(server.port)
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        text = until(lambda: re.search("Stop waits for .*", (self.folder / "server.log").read_text()),
+                     "the line")[0]
+        self.assertRegex(text, f"^Stop waits for .*\\b1\\b.*; {WAIT} s at most$")
+        connection.sendall(rest)
+        stopping.join(WAIT)
+        self.assertEqual(statuses(read_all(connection)), [200])
+
+    def test_an_on_event_that_waits_for_the_loop_that_leaves_the_block_does_not_hang_it(self):
+        handled = []
+
+        async def handle(stored):
+            handled.append(stored.id)
+
+        async def block(leave):
+            loop = asyncio.get_running_loop()
+            server = WebhookServer(self.config(shutdown_timeout=0.2), on_event=lambda stored: (
+                asyncio.run_coroutine_threadsafe(handle(stored), loop).result(WAIT)))
+            with server:
+                self.post(server, event(appointment_id=f"APT-{len(handled)}"))
+                if leave is not None:
+                    await leave(server.stop)
+        if hasattr(asyncio, "to_thread"):               # the way that README shows
+            asyncio.run(block(asyncio.to_thread))
+            self.assertEqual(handled, [1])
+        self.database.unlink()
+        asyncio.run(block(None))
+        self.assertIn("Stop does not wait for on_event any longer", (self.folder / "server.log").read_text())
+        until(lambda: our_threads() == [], "the end of all threads")
+
+    def test_stop_ends_the_store_first_so_that_on_event_gets_what_it_commits_last(self):
+        ended = []
+
+        def recording(kind):
+            stop = kind.stop
+
+            def record(part, *arguments):
+                ended.append(kind.__name__)
+                stop(part, *arguments)
+            return mock.patch.object(kind, "stop", record)
+        with recording(receiver.Store), recording(receiver.Callbacks), recording(receiver.Log):
+            with WebhookServer(self.config(), on_event=print):
+                pass
+        self.assertEqual(ended, ["Store", "Callbacks", "Log"])
+
+    def test_what_opening_the_database_has_to_tell_is_in_the_log(self):
+        opened = receiver.SQLite.open
+
+        def tell(engine):
+            opened(engine)
+            engine.notes = ["3 events kept, 1 moved"]
+        with mock.patch.object(receiver.SQLite, "open", tell):
+            log = self.log_text(self.start())
+        self.assertIn("WARNING - [-] 3 events kept, 1 moved\n", log)
+
+    def test_the_log_can_be_reopened_after_it_was_moved_away(self):
+        server, log, moved = self.start(), self.folder / "server.log", self.folder / "server.log.moved"
+        self.post(server)
+        until(lambda: "200 stored" in log.read_text(), "the first line")
+        log.rename(moved)
+        server.reopen_log()
+        self.post(server)
+        self.assertIn(" 409 ", self.log_text(server))
+        self.assertNotIn(" 409 ", moved.read_text())
+
+    def test_the_start_line_says_whether_the_database_is_new_or_what_it_holds(self):
+        for number, said in enumerate(("(new)", "(1 event)", "(2 events)")):
+            server = self.start()
+            self.post(server, event(appointment_id=f"APT-{number}"))
+            line = [line for line in self.log_text(server).splitlines() if "Service started" in line][-1]
+            self.assertTrue(line.endswith(f"database {self.database} {said}"), line)
 
     def test_on_event_may_stop_the_service(self):
         with WebhookServer(self.config(), on_event=lambda stored: server.stop()) as server:
@@ -4218,7 +6983,8 @@ class EmbeddingTest(ServerTest):
     def test_two_services_in_one_process_know_nothing_of_each_other(self):
         one, other = self.start(), self.start(database=str(self.folder / "other.db"), duplicates="ok",
                                               log_file=str(self.folder / "other.log"))
-        self.assertEqual([self.post(server).status for server in (one, other, one, other)], [200, 200, 409, 200])
+        self.assertEqual([self.post(server).status for server in (one, other, one, other)],
+                         [200, 200, 409, 200])
         one.stop()
         self.assertEqual(self.call(other, path="/health").status, 200)
         self.assertEqual((rows(self.database), rows(self.folder / "other.db")), (1, 1))
@@ -4274,16 +7040,18 @@ class EmbeddingTest(ServerTest):
                     ({"host": "203.0.113.1"}, ["203.0.113.1"]),
                     ({"host": "no such host"}, ["no such host"]),
                     ({"host": "ü" * 100}, ["cannot listen on"]),
-                    ({"database": self.folder / "none" / "events.db"}, ["none", "No such file"]),
+                    ({"database": self.folder / "none" / "events.db"},
+                     ["none", "does not exist; make it first"]),
+                    ({"log_file": self.folder / "none" / "log"}, ["none", "does not exist; make it first"]),
                     ({"database": self.folder}, [str(self.folder)]),
                     ({"database": self.folder / "text.db"}, ["text.db", "database"]),
                     ({"schema": self.folder / "none.json"}, ["none.json", "No such file"]),
-                    ({"schema": self.folder}, [str(self.folder), "directory"]),
+                    ({"schema": self.folder}, [str(self.folder), "folder"]),
                     ({"schema": self.folder / "cut.json"}, ["cut.json", "line 2"]),
                     ({"schema": self.folder / "kind.json"}, ["kind.json", "/properties/a/type"]),
                     ({"schema": self.folder / "lost.json"}, ["lost.json", "/$ref", "#/$defs/none"]),
                     ({"schema": self.folder / "pattern.json"}, ["pattern.json", "/pattern"]),
-                    ({"log_file": self.folder}, [str(self.folder), "directory"])):
+                    ({"log_file": self.folder}, [str(self.folder), "folder"])):
                 with self.subTest(settings=settings):
                     before = open_files()
                     with self.assertRaises(SetupError) as caught:
@@ -4294,10 +7062,20 @@ class EmbeddingTest(ServerTest):
                     self.assertEqual((our_threads(), open_files()), ([], before))
         self.assertEqual((self.folder / "text.db").read_text(), files["text.db"])
 
+    def test_a_port_or_an_address_that_cannot_be_had_is_told_with_what_to_do(self):
+        for number, words in ((errno.EACCES, "below 1024"), (errno.EADDRINUSE, "choose another with --port"),
+                              (errno.EADDRNOTAVAIL, "has that address"), (errno.EIO, os.strerror(errno.EIO))):
+            with self.subTest(errno.errorcode[number]), \
+                    mock.patch.object(receiver.socket.socket, "bind",
+                                      side_effect=OSError(number, os.strerror(number))):
+                with self.assertRaisesRegex(SetupError, f"^cannot listen on 127.0.0.1 port 80: .*{words}"):
+                    WebhookServer(self.config(port=80)).start()
+
     @unittest.skipUnless(POSIX and os.geteuid() != 0,
                          "root may read everything" if POSIX else "needs POSIX permissions")
     def test_files_that_may_not_be_touched_are_named(self):
-        for setting, name in (("database", "locked.db"), ("schema", "locked.json"), ("log_file", "locked.log")):
+        for setting, name in (("database", "locked.db"), ("schema", "locked.json"),
+                              ("log_file", "locked.log")):
             with self.subTest(setting):
                 (self.folder / name).write_bytes(b"x")
                 (self.folder / name).chmod(0)
@@ -4314,7 +7092,8 @@ class EmbeddingTest(ServerTest):
             server = self.start()
         self.assertEqual([self.post(server).status, self.post(server, event(notes=5)).status], [200, 400])
         self.assertEqual(self.call(server, path="/schema.json").json, receiver.EVENT_SCHEMA)
-        self.assertIn(f"WARNING - [-] schema {self.folder / 'schema.json'} is missing: the built-in schema is used",
+        missing = self.folder / "schema.json"
+        self.assertIn(f"WARNING - [-] schema {missing} is missing: the built-in schema is used",
                       self.log_text(server))
 
     def test_formats_and_drafts_that_are_not_checked_are_told_at_start(self):
@@ -4324,12 +7103,15 @@ class EmbeddingTest(ServerTest):
         own = self.folder / "own.json"
         own.write_text(json.dumps(document))
         log = self.log_text(self.start(schema=str(own)))
-        self.assertIn(f"{own}: the format iso-8601 at /properties/timestamp is not known and not checked", log)
-        self.assertIn("it says that it follows http://json-schema.org/draft-07/schema#, but is read by draft 2020-12", log)
+        self.assertIn(f"{own}: the format iso-8601 at /properties/timestamp is not known and not checked",
+                      log)
+        self.assertIn("it says that it follows http://json-schema.org/draft-07/schema#, but is read by draft "
+                      "2020-12", log)
         self.assertEqual(len(re.findall("WARNING", log)), 2)
 
     def test_who_opens_it_to_other_machines_is_told_what_that_means(self):
-        self.assertIn("WARNING - [-] Other machines can reach this service", self.log_text(self.start(host="0.0.0.0")))
+        self.assertIn("WARNING - [-] Other machines can reach this service",
+                      self.log_text(self.start(host="0.0.0.0")))
         os.remove(self.folder / "server.log")
         self.assertNotIn("WARNING", self.log_text(self.start()))
 
@@ -4340,9 +7122,11 @@ class EmbeddingTest(ServerTest):
                 WebhookServer(self.config())
 
     def test_a_schema_that_looks_misspelt_or_too_lax_starts_with_a_warning(self):
-        (self.folder / "own.json").write_text('{"required": ["patient_id"], "properties": {"notes": {"maxLenght": 5}}}')
+        document = {"required": ["patient_id"], "properties": {"notes": {"maxLenght": 5}}}
+        (self.folder / "own.json").write_text(json.dumps(document))
         log = self.log_text(self.start(schema=str(self.folder / "own.json")))
-        self.assertIn(f"WARNING - [-] schema {self.folder / 'own.json'}: the unknown keyword maxLenght at /properties/notes", log)
+        own = self.folder / "own.json"
+        self.assertIn(f"WARNING - [-] schema {own}: the unknown keyword maxLenght at /properties/notes", log)
         self.assertIn("did you mean maxLength?", log)
         self.assertIn("appointment_id is not required by it", log)
         self.assertNotIn("patient_id is not", log)
@@ -4360,7 +7144,8 @@ class EmbeddingTest(ServerTest):
         (self.folder / "own.json").write_text(json.dumps(schema))
         server = self.start(schema=self.folder / "own.json")
         self.assertEqual(self.post(server, event(event_type="moved", room="R4")).status, 200)
-        self.assertEqual(self.post(server, event(event_type="moved")).json["message"], "Missing required field: room")
+        self.assertEqual(self.post(server, event(event_type="moved")).json["message"],
+                         "Missing required field: room")
         self.assertEqual(self.post(server, event(room="4")).json["errors"][0]["path"], "/room")
 
     def test_the_program_around_may_go_to_another_folder(self):
@@ -4384,6 +7169,151 @@ class EmbeddingTest(ServerTest):
         self.assertEqual(rows(self.folder / ":memory:"), 1)
 
 
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class CallbacksTest(unittest.TestCase):
+    """Handing events to on_event: never in the way of the writer, and nothing is lost without a word."""
+
+    def callbacks(self, on_event=None, waiting=3):
+        """Callbacks whose on_event waits for self.go_on, the lines of their log, and their clock."""
+        self.go_on, self.seen, lines, clock = threading.Event(), [], [], Clock()
+        self.addCleanup(self.go_on.set)
+
+        def hold(stored):
+            self.seen.append(stored.id)
+            self.go_on.wait(WAIT)
+        log = mock.Mock(line=lambda level, text: lines.append(f"{level} {text}"))
+        callbacks = receiver.Callbacks(on_event or hold, log, clock)
+        callbacks.WAITING = waiting
+        callbacks.start()
+        self.addCleanup(callbacks.stop, WAIT, lambda text: None)
+        self.addCleanup(self.go_on.set)
+        return callbacks, lines, clock
+
+    def put(self, callbacks, *numbers):
+        for number in numbers:
+            callbacks.put(stored_event(number)._replace(id=number))
+
+    def test_a_hung_on_event_stops_no_writer_and_what_it_misses_is_named_and_counted(self):
+        callbacks, lines, clock = self.callbacks()
+        self.put(callbacks, 1)
+        until(lambda: self.seen, "the call")
+        self.put(callbacks, 2, 3, 4)
+        self.assertEqual(lines, [])
+        self.put(callbacks, *range(5, 10))
+        self.assertEqual(lines, ["WARNING on_event has been busy with event 1 for 0 s while 3 events wait: "
+                                 "event 5 was not handed to it"])
+        clock.now += 0.9
+        self.put(callbacks, 10)
+        self.assertEqual(len(lines), 1)
+        clock.now += 0.1
+        self.put(callbacks, 11)
+        self.assertEqual(lines[1:], [
+            "WARNING on_event has been busy with event 1 for 1 s while 3 events wait: 6 events were not "
+            "handed to it since the last such line, the last is event 11"])
+        self.assertEqual(callbacks.trouble(),
+                         "on_event has been busy with event 1 for 1 s; 7 events were not handed to it")
+        self.go_on.set()
+        until(lambda: len(lines) > 2, "the last line")
+        self.assertEqual(lines[2:], ["WARNING on_event has caught up; 7 events were not handed to it: read "
+                                     "them in the database"])
+        self.assertEqual((self.seen, callbacks.trouble()), ([1, 2, 3, 4], ""))
+        self.put(callbacks, 12)
+        until(lambda: self.seen[-1] == 12, "the next event")
+
+    def test_a_long_call_is_trouble_though_nothing_is_missed_yet(self):
+        callbacks, lines, clock = self.callbacks()
+        self.assertEqual(callbacks.trouble(), "")
+        self.put(callbacks, 5, 6)
+        until(lambda: self.seen, "the call")
+        clock.now += 29
+        self.assertEqual(callbacks.trouble(), "")
+        clock.now += 11
+        self.assertEqual(callbacks.trouble(), "on_event has been busy with event 5 for 40 s")
+        self.go_on.set()
+        until(lambda: callbacks.trouble() == "", "the end of trouble")
+        self.assertEqual(lines, [])
+
+    def test_one_event_that_is_missed_is_counted_as_one(self):
+        callbacks, lines, clock = self.callbacks(waiting=1)
+        self.put(callbacks, 1)
+        until(lambda: self.seen, "the call")
+        self.put(callbacks, 2, 3)
+        self.assertEqual(callbacks.trouble(),
+                         "on_event has been busy with event 1 for 0 s; 1 event was not handed to it")
+
+    def test_ten_thousand_events_may_wait_but_no_more_than_64_mib_of_them(self):
+        self.assertEqual(receiver.Callbacks.WAITING, 10000)
+        callbacks, lines, _ = self.callbacks(waiting=1000)
+        self.put(callbacks, 1)
+        until(lambda: self.seen, "the call")
+        text = "x" * MEGABYTE
+        for number in range(2, 80):
+            callbacks.put(stored_event(number)._replace(id=number, payload=text))
+        self.assertEqual(callbacks.trouble(),
+                         "on_event has been busy with event 1 for 0 s; 14 events were not handed to it")
+        self.assertIn("while 64 events wait: event 66 was not handed to it", lines[0])
+        self.go_on.set()
+        until(lambda: len(lines) == 2, "the end of it")
+        self.go_on.clear()
+        self.put(callbacks, 80)
+        until(lambda: self.seen[-1] == 80, "the next call")
+        callbacks.put(stored_event(81)._replace(id=81, payload=text * 65))       # one that is larger than all
+        self.assertEqual(callbacks.trouble(), "")
+
+    def test_it_has_not_caught_up_while_events_wait(self):
+        turns, seen = threading.Semaphore(0), []
+
+        def on_event(stored):
+            seen.append(stored.id)
+            turns.acquire(timeout=WAIT)
+        callbacks, lines, _ = self.callbacks(on_event, waiting=2)
+        self.addCleanup(lambda: [turns.release() for _ in range(9)])
+        self.put(callbacks, 1)
+        until(lambda: seen == [1], "the first call")
+        self.put(callbacks, 2, 3, 4)
+        turns.release()
+        until(lambda: seen == [1, 2], "the second call")
+        self.assertEqual((len(lines), callbacks.trouble()),
+                         (1, "on_event has been busy with event 2 for 0 s; 1 event was not handed to it"))
+        turns.release()
+        turns.release()
+        until(lambda: len(lines) == 2, "the end of it")
+        self.assertIn("on_event has caught up; 1 event was not handed to it", lines[1])
+
+    def test_a_stop_that_waits_says_for_what(self):
+        callbacks, lines, clock = self.callbacks()
+        self.put(callbacks, 5)
+        until(lambda: self.seen, "the call")
+        clock.now += 7
+        told = []
+        stopping = threading.Thread(target=callbacks.stop, args=(WAIT, told.append))
+        stopping.start()
+        until(lambda: told, "the word")
+        self.assertEqual((told, stopping.is_alive()), (["on_event, which has been busy with event 5 for 7 s"],
+                                                       True))
+        self.go_on.set()
+        stopping.join(WAIT)
+        self.assertEqual((told[1:], lines, stopping.is_alive()), ([], [], False))
+
+    def test_stop_hands_over_all_that_waits(self):
+        callbacks, lines, _ = self.callbacks(on_event=lambda stored: self.seen.append(stored.id), waiting=99)
+        self.put(callbacks, *range(50))
+        callbacks.stop(WAIT, lambda text: None)
+        self.assertEqual((self.seen, lines), (list(range(50)), []))
+
+    def test_stop_before_start_has_nothing_to_do(self):
+        receiver.Callbacks(print, mock.Mock()).stop(WAIT, self.fail)
+
+
 # =============================================================================
 # Command line
 # =============================================================================
@@ -4401,7 +7331,7 @@ class ServeTest(RunningTest):
 
     @unittest.skipUnless(POSIX, "Windows ends a process without asking it")
     def test_a_signal_ends_it_with_everything_on_disk_and_exit_0(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT):
             with self.subTest(number.name):
                 self.database = self.folder / f"{number.name}.db"
                 server = self.serve()
@@ -4413,6 +7343,49 @@ class ServeTest(RunningTest):
                 self.assertFalse(Path(f"{self.database}-wal").exists())
                 self.assertEqual(rows(self.database), 1)
                 self.assertRegex(err, r"200 stored event_id=1 .*\n.*Service stopped\n\Z")
+
+    @unittest.skipUnless(POSIX, "Windows knows no SIGHUP")
+    def test_a_hang_up_goes_on_in_a_new_log_file_and_ends_nothing(self):
+        log, moved = self.folder / "server.log", self.folder / "server.log-20250110"
+        server = self.serve("--log-file", log)
+        for status in (200, 409):
+            log.rename(moved)
+            server.send_signal(signal.SIGHUP)
+            self.assertEqual(self.post(server).status, status)
+            until(lambda: self.post(server) and log.exists() and " 409 " in log.read_text(), "the new file")
+        server.terminate()
+        self.assertEqual(server.wait(WAIT), 0)
+        self.assertIn("Service stopped", log.read_text())
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "needs Linux's /proc")
+    def test_a_signal_that_was_ignored_before_stays_so(self):
+        def masks(server):
+            text = Path(f"/proc/{server.pid}/status").read_text()
+            return [int(re.search(rf"{name}:\s+(\w+)", text)[1], 16) for name in ("SigIgn", "SigCgt")]
+        for number in (signal.SIGINT, signal.SIGHUP):
+            bit = 1 << number - 1
+            self.database = self.folder / f"{number.name}.db"
+            with self.subTest(number.name, inherited="ignored"):
+                server = self.serve(preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+                ignored, caught = masks(server)
+                self.assertEqual((bool(ignored & bit), bool(caught & bit)), (True, False))
+                server.terminate()
+                self.assertEqual(server.wait(WAIT), 0)
+            with self.subTest(number.name, inherited="default"):
+                server = self.serve(preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+                ignored, caught = masks(server)
+                self.assertEqual((bool(ignored & bit), bool(caught & bit)), (False, True))
+
+    def test_variables_that_do_not_count_are_told_at_start(self):
+        server = self.serve("--log-file", "server.log", environment={
+            "WEBHOOK_PORT": "tcp://10.96.0.12:8000", "WEBHOOK_PROT": "9000",
+            "WEBHOOK_SERVICE_HOST": "10.96.0.12"})
+        self.assertEqual(self.post(server).status, 200)
+        log = (self.folder / "server.log")
+        text = until(lambda: "Service started" in log.read_text() and log.read_text(), "the log")
+        self.assertEqual(text.count("WARNING"), 2)
+        self.assertIn("WARNING - [-] WEBHOOK_PORT=tcp://10.96.0.12:8000 is not taken", text)
+        self.assertIn("did you mean WEBHOOK_PORT?", text)
 
     @unittest.skipUnless(POSIX, "Windows ends a process without asking it")
     def test_a_request_in_flight_is_answered_before_it_exits(self):
@@ -4432,7 +7405,8 @@ class ServeTest(RunningTest):
         server.terminate()
         until(lambda: not can_connect(server.port), "the end of listening")
         self.assertIsNone(server.poll())
-        until(lambda: server.poll() is not None or server.terminate(), "the end")       # the same one, twice, is one
+        until(lambda: server.poll() is not None or server.terminate(),
+              "the end")       # the same one, twice, is one
         server.communicate()
         self.assertEqual(server.returncode, 128 + signal.SIGTERM)
 
@@ -4441,8 +7415,8 @@ class ServeTest(RunningTest):
             port = taken.getsockname()[1]
             code, out, err = self.program("serve", "--port", port, "--database", self.database)
         self.assertEqual((code, out), (2, ""))
-        self.assertEqual(err, f"webhook_server.py: cannot listen on 127.0.0.1 port {port}: the port is in use by "
-                              "another program; choose another with --port\n")
+        self.assertEqual(err, f"webhook_server.py: cannot listen on 127.0.0.1 port {port}: the port is in "
+                              "use by another program; choose another with --port\n")
         self.assertFalse(self.database.exists())
 
     def test_the_environment_sets_and_flags_win(self):
@@ -4467,7 +7441,8 @@ class ServeTest(RunningTest):
                               ("closed", {"preexec_fn": lambda: [os.close(number) for number in (0, 1, 2)]})):
             with self.subTest(name):
                 log = self.folder / f"{name}.log"
-                server = self.run_program("--port", 0, "--database", self.database, "--log-file", log, **streams)
+                server = self.run_program("--port", 0, "--database", self.database, "--log-file", log,
+                                          **streams)
                 text = until(lambda: log.exists() and log.read_text(), "the log")
                 server.port = int(re.search(r"http://127\.0\.0\.1:([0-9]+)", text)[1])
                 self.assertIn(self.post(server).status, (200, 409))
@@ -4488,7 +7463,8 @@ class KeyboardTest(RunningTest):
 
     def test_wrong_words_and_flags(self):
         for arguments, word in (
-                (["nonsense"], "nonsense"), ([""], "COMMAND"), (["--prot", 1], "--prot"), (["--por", 1], "--por"),
+                (["nonsense"], "nonsense"), ([""], "COMMAND"), (["--prot", 1], "--prot"),
+            (["--por", 1], "--por"),
                 (["--port"], "--port"), (["serve", "extra"], "extra"), (["--port", 0, "check"], "check"),
                 (["--a\nb"], r"--a\nb"), (["--\udcff"], r"\udcff"), (["--", "serve"], "serve"),
                 (["check"], "check: "), (["check", "--nonsense", "x"], "--nonsense"),
@@ -4500,12 +7476,13 @@ class KeyboardTest(RunningTest):
                 (["send", self.folder], str(self.folder)),
                 (["send", "--nonsense"], "--nonsense"), (["send", "-", "--notes", "x"], "--notes"),
                 (["bench", "extra"], "extra"), (["bench", "--seconds", "0"], "--seconds"),
-                (["bench", "--seconds", "nan"], "--seconds"), (["bench", "--seconds", "9" * 400], "--seconds"),
+                (["bench", "--seconds", "nan"], "--seconds"),
+            (["bench", "--seconds", "9" * 400], "--seconds"),
                 (["bench", "--connections", ""], "--connections"),
                 (["bench", "--connections", "1,,2"], "--connections"),
                 (["bench", "--connections", "-1"], "--connections"),
                 (["bench", "--connections", "9" * 400], "--connections"),
-                (["bench", "--folder", self.folder / "none"], "none"), (["bench", "--load", "nonsense"], "--load")):
+                (["bench", "--folder", self.folder / "none"], "none")):
             with self.subTest(arguments):
                 self.assert_usage(command(*arguments), word)
 
@@ -4514,7 +7491,8 @@ class KeyboardTest(RunningTest):
             if field.metadata["metavar"] in ("TEXT", "FILE", "HOST", "ORIGIN"):
                 continue
             flag, variable = receiver.flag_of(field.name), "WEBHOOK_" + field.name.upper()
-            for value in ("-1", "+5", "1_0", "0x10", "1e3", "nan", "9" * 5000, "\u0663", "ü\u202e\n", " 5", "x\0y",
+            for value in ("-1", "+5", "1_0", "0x10", "1e3", "nan", "9" * 5000, "\u0663", "ü\u202e\n", " 5",
+                          "x\0y",
                           str(self.folder)):
                 with self.subTest(flag, value=value[:20]):
                     self.assert_usage(command(flag, value), flag)
@@ -4539,12 +7517,59 @@ class KeyboardTest(RunningTest):
                 self.assert_usage(command(*arguments))
 
     def test_help_and_version_are_exit_0(self):
-        for arguments in (["--help"], ["-h"], ["serve", "--help"], ["check", "--help"], ["send", "-h"], ["bench", "-h"],
+        for arguments in (["--help"], ["-h"], ["serve", "--help"], ["check", "--help"], ["send", "-h"],
+                          ["bench", "-h"],
                           ["--version"], ["--port", "1", "--help"], ["--help", "nonsense"]):
             with self.subTest(arguments):
                 code, out, err = command(*arguments)
                 self.assertEqual((code, err), (0, ""))
                 self.assertIn("webhook_server.py", out)
+
+    def test_help_fits_a_terminal_of_80_columns_and_makes_use_of_no_more(self):
+        for name in (None, *(row.name for row in receiver.COMMANDS)):
+            for columns in ("80", "200", "60"):
+                with self.subTest(name, columns=columns):
+                    arguments = [name, "--help"] if name else ["--help"]
+                    code, out, err = command(*arguments, environment={"COLUMNS": columns})
+                    self.assertEqual([line for line in out.splitlines() if len(line) > 80], [])
+
+    def test_a_python_without_all_modules_is_one_line_that_says_what_to_install(self):
+        hide = ("import runpy, sys; sys.modules[{!r}] = None; sys.argv = ['x', '--help']; "
+                "runpy.run_path({!r}, run_name={!r})")
+        for module in ("sqlite3", "email.utils", "http.client", "selectors"):
+            with self.subTest(module):
+                done = subprocess.run([sys.executable, "-c", hide.format(module, str(PROGRAM), "__main__")],
+                                      capture_output=True, timeout=WAIT)
+                self.assertEqual((done.returncode, done.stdout), (2, b""))
+                self.assertRegex(done.stderr.decode(),
+                                 rf"\Awebhook_server.py: .+ lacks {module} of .+apt install python3\)\s*\Z")
+        done = subprocess.run([sys.executable, "-c", hide.format("sqlite3", str(PROGRAM), "webhook_server")],
+                              capture_output=True, timeout=WAIT)
+        self.assertIn(b"ModuleNotFoundError", done.stderr)      # who imports it gets an error to catch
+        self.assertEqual(done.returncode, 1)
+
+    def test_a_python_that_is_too_old_is_one_line(self):
+        old = "import runpy, sys; sys.version_info = (3, 8, 1); runpy.run_path({!r}, run_name='__main__')"
+        done = subprocess.run([sys.executable, "-c", old.format(str(PROGRAM))], capture_output=True,
+                              timeout=WAIT)
+        self.assertEqual((done.returncode, done.stderr.decode().splitlines()),
+                         (2, ["webhook_server.py: needs Python 3.9 or newer, this is 3.8"]))
+
+    def test_a_console_that_lacks_a_letter_gets_its_code(self):
+        (self.folder / "ü.json").write_text(json.dumps(event(patient_id=...)))
+        for encoding in ("ascii", "cp437"):
+            with self.subTest(encoding):
+                done = subprocess.run([sys.executable, str(PROGRAM), "check", "ü.json", "łost.json"],
+                                      capture_output=True,
+                                      cwd=self.folder, timeout=WAIT,
+                                      env={**clean_environment(), "PYTHONIOENCODING": encoding,
+                                           "PYTHONUTF8": "1"})
+                shown = "ü" if encoding == "cp437" else "\\xfc"
+                self.assertEqual(done.stdout.decode(encoding).splitlines(),
+                                 [f"{shown}.json:1: /patient_id Missing required field: patient_id"])
+                self.assertEqual(done.stderr.decode(encoding).splitlines(),
+                                 ["webhook_server.py: \\u0142ost.json: No such file or directory"])
+                self.assertEqual(done.returncode, 2)
 
     @unittest.skipUnless(POSIX, "needs /dev/full and pipes without a reader")
     def test_output_that_cannot_be_written_is_no_traceback(self):
@@ -4580,7 +7605,8 @@ class KeyboardTest(RunningTest):
                 reading.stdin.write(b"[" * 1000000)         # more than a pipe holds: it has begun to read
                 reading.stdin.flush()
                 for process in (sending, reading):
-                    until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S")
+                    stat = Path(f"/proc/{process.pid}/stat")
+                    until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
                     process.send_signal(signal.SIGINT)
                     self.assertEqual((process.wait(WAIT), process.stdout.read(), process.stderr.read()),
                                      (130, b"", b""))
@@ -4655,8 +7681,10 @@ class CheckTest(FolderTest):
 
     def test_no_value_and_no_forged_line_comes_out(self):
         own = self.folder / "own.json"
-        own.write_text(json.dumps({"required": receiver.REQUIRED_FIELDS, "additionalProperties": {"maxLength": 30}}))
-        code, lines = self.check(json.dumps(event(**{"a\n1: / forged\x1b[2J\u202e": "Secret" * 9})), "--schema", own)
+        own.write_text(json.dumps({"required": receiver.REQUIRED_FIELDS,
+                                   "additionalProperties": {"maxLength": 30}}))
+        code, lines = self.check(json.dumps(event(**{"a\n1: / forged\x1b[2J\u202e": "Secret" * 9})),
+                                 "--schema", own)
         self.assertEqual((code, len(lines)), (1, 1))
         self.assertTrue(lines[0].isprintable())
         self.assertNotIn("Secret", lines[0])
@@ -4680,6 +7708,8 @@ class CheckTest(FolderTest):
         data = json.dumps(event(room=9)).encode()
         self.assertEqual(command("check", "-", stdin=data), (0, "", ""))
         self.assertEqual(command("check", "-", stdin=data, environment=environment)[0], 1)
+        self.assertEqual(command("check", "-", stdin=data, environment={"WEBHOOK_PORT": "nonsense"}),
+                         (0, "", ""))
         code, out, err = command("check", "--schema", self.folder / "own.json", "-", stdin=data)
         self.assertEqual((code, out.split(" ")[1]), (1, "/room"))
         self.assertIn("event_type is not required by it", err)
@@ -4707,8 +7737,8 @@ class SendTest(ServerTest):
         server = self.start()
         given = ["--url", server.url, "--appointment-id", "APT-ü", "--timestamp", "2025-01-10T14:00:00Z"]
         self.assertEqual(command("send", *given, "--event-type", "cancelled", "--notes", "")[0], 0)
-        self.assertEqual(rows(self.database, "SELECT event_type, appointment_id, notes FROM appointment_events"),
-                         [("cancelled", "APT-ü", "")])
+        stored = rows(self.database, "SELECT event_type, appointment_id, notes FROM appointment_events")
+        self.assertEqual(stored, [("cancelled", "APT-ü", "")])
         code, out, _ = command("send", *given)
         self.assertEqual((code, out.splitlines()[0]), (1, "409"))
         code, out, _ = command("send", "--url", server.url, "--patient-id", "")
@@ -4736,7 +7766,8 @@ class SendTest(ServerTest):
     def test_a_wrong_address_is_exit_2(self):
         for url in ("", "nonsense", "ftp://127.0.0.1", "http://", "http://[::1", "http://127.0.0.1:x",
                     "http://127.0.0.1:99999",
-                    "http://127.0.0.1:0", "http://me:secret@127.0.0.1", "http://127.0.0.1/ü", "http://127.0.0.1/a b",
+                    "http://127.0.0.1:0", "http://me:secret@127.0.0.1", "http://127.0.0.1/ü",
+                    "http://127.0.0.1/a b",
                     "http://127.0.0.1/\r\nX: y", "file:///etc/passwd", "http://" + "\udcff"):
             with self.subTest(url):
                 code, out, err = command("send", "--url", url)
@@ -4761,8 +7792,10 @@ class SendTest(ServerTest):
         with socket.create_server(("127.0.0.1", 0)) as closed:
             nobody = f"http://127.0.0.1:{closed.getsockname()[1]}"
         for url, word in ((nobody, "refused"), ("http://" + "x" * 70, "cannot send"),
-                          (self.answer_once(b""), "closed"), (self.answer_once(b"220 mail\r\n"), "cannot send"),
-                          (self.answer_once(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"), "cannot send")):
+                          (self.answer_once(b""), "closed"), (self.answer_once(b"220 mail\r\n"),
+                                                              "cannot send"),
+                          (self.answer_once(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"),
+                           "cannot send")):
             with self.subTest(word):
                 code, out, err = command("send", "--url", url)
                 self.assertEqual((code, out), (1, ""))
@@ -4780,19 +7813,51 @@ class SendTest(ServerTest):
 class BenchTest(RunningTest):
 
     def test_a_short_run_prints_a_row_for_each_round_and_rows_equal_200s(self):
-        code, out, err = self.program("bench", "--seconds", "0.2", "--connections", "1, 16", "--folder", self.folder)
+        code, out, err = self.program("bench", "--seconds", "0.2", "--connections", "1, 16", "--folder",
+                                      self.folder)
         self.assertEqual(code, 0, err)
-        *head, titles, one, sixteen = out.splitlines()
+        *head, titles, one, sixteen, differ = out.splitlines()
         self.assertIn(f"{os.cpu_count()} cores", head[0])
-        for title in ("requests/s", "P50 ms", "P95 ms", "P99 ms", "rows = 200s"):
+        for title in ("heads", "requests/s", "P50 ms", "P95 ms", "P99 ms", "rows = 200s"):
             self.assertIn(title, titles)
-        for row, connections in ((one, 1), (sixteen, 16)):
-            number, rate, p50, p95, p99, not_200, verdict = row.split()
-            self.assertEqual((int(number), int(not_200), verdict), (connections, 0, "yes"))
+        for row, start in ((one, ["1", "same"]), (sixteen, ["16", "same"]), (differ, ["16", "differ"])):
+            number, heads, rate, p50, p95, p99, not_200, verdict = row.split()
+            self.assertEqual(([number, heads], not_200, verdict), (start, "0", "yes"))
             self.assertGreater(int(rate), 0)
             self.assertTrue(0 < float(p50) <= float(p95) <= float(p99))
-        self.assertEqual(err, "measuring at 1 connections for 0.2 s\nmeasuring at 16 connections for 0.2 s\n")
-        self.assertEqual(list(self.folder.iterdir()), [])
+        self.assertEqual((err, list(self.folder.iterdir())), ("", []))
+
+    def heads_sent(self, heads_differ):
+        """The heads that three requests of a load on one connection have, apart from their length."""
+        heads = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            def answer():
+                with listener.accept()[0] as connection:
+                    for text in ("200 OK", "200 OK", "409 Conflict"):
+                        heads.append(connection.recv(65536).split(b"\r\n\r\n")[0])
+                        connection.sendall(f"HTTP/1.1 {text}\r\nContent-Length: 0\r\n\r\n".encode())
+                    connection.recv(65536)
+            thread = threading.Thread(target=answer)
+            thread.start()
+            load = receiver.BenchLoad(receiver._address("", f"http://127.0.0.1:{listener.getsockname()[1]}"),
+                                      heads_differ)
+            load.connect(1)
+            load.run(WAIT)
+            load.close()
+            thread.join(WAIT)
+        self.assertEqual((len(load.times), load.failed), (2, 2))        # a strange answer, and the end
+        return heads
+
+    def test_heads_are_the_same_or_all_differ_and_what_is_no_200_is_counted(self):
+        self.assertEqual([len(set(self.heads_sent(differ))) for differ in (False, True)], [1, 3])
+
+    def test_a_row_too_few_is_said_and_exit_1(self):
+        with mock.patch.object(receiver.BenchLoad, "run", autospec=True, side_effect=lambda load, seconds: (
+                load.times.append(0.001))):
+            code, out, err = command("bench", "--seconds", "0.2", "--connections", "1", "--folder",
+                                     self.folder)
+        self.assertEqual((code, err), (1, ""))
+        self.assertIn("NO: 0 rows, 1 200s", out)
 
     def test_without_words_it_measures_at_1_16_and_64(self):
         options = receiver.make_parser().parse_args(["bench"])
@@ -4802,10 +7867,12 @@ class BenchTest(RunningTest):
     def test_a_run_that_is_ended_early_leaves_nothing_behind(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             with self.subTest(number.name):
-                bench = self.run_program("bench", "--seconds", 600, "--connections", 1, "--folder", self.folder)
-                self.assertEqual(bench.stderr.readline(), b"measuring at 1 connections for 600 s\n")
-                log = next(self.folder.glob("*/server.log")).read_text()
-                port = int(re.search(r"http://127\.0\.0\.1:([0-9]+)", log)[1])
+                bench = self.run_program("bench", "--seconds", 600, "--connections", 1, "--folder",
+                                         self.folder)
+                def log():
+                    return "".join(path.read_text() for path in self.folder.glob("*/server.log"))
+                until(lambda: " 200 stored" in log(), "the load")
+                port = int(re.search(r"http://127\.0\.0\.1:([0-9]+)", log())[1])
                 self.assertTrue(can_connect(port))
                 bench.send_signal(number)
                 bench.communicate(timeout=WAIT)
@@ -4815,8 +7882,10 @@ class BenchTest(RunningTest):
 
     @unittest.skipUnless(POSIX, "needs ulimit")
     def test_connections_that_cannot_be_made_are_one_line(self):
-        done = subprocess.run([sys.executable, str(PROGRAM), "bench", "--seconds", "0.2", "--connections", "100"],
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=WAIT, env=clean_environment(),
+        done = subprocess.run([sys.executable, str(PROGRAM), "bench", "--seconds", "0.2", "--connections",
+                               "100"],
+                              stdin=subprocess.DEVNULL, capture_output=True, timeout=WAIT,
+                              env=clean_environment(),
                               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)))
         self.assertEqual(done.returncode, 2)
         self.assertNotIn(b"Traceback", done.stderr)
@@ -4835,6 +7904,84 @@ def settings_table():
         text = field.metadata["help"].replace("|", "\\|")
         lines.append(f"| `{receiver.flag_of(field.name)}` | `WEBHOOK_{field.name.upper()}` | {default} | {text} |")
     return lines
+
+
+MYPY = os.environ.get("MYPY") or shutil.which("mypy")
+
+
+@unittest.skipUnless(MYPY, "needs mypy, on the PATH or as MYPY=/path/to/mypy")
+class TypingTest(FolderTest):
+    """What `mypy --strict` says of a program beside our file: nothing of our inside, all of its mistakes."""
+
+    GOOD = '''
+import logging
+from pathlib import Path
+from webhook_server import (
+    AppointmentEvent, Config, Contract, JSONError, Problem, Schema, SchemaError, SetupError, WebhookServer, parse_json)
+
+seen: list[int] = []
+
+def keep(event: AppointmentEvent) -> int:
+    seen.append(event.id)
+    return event.id
+
+config = Config(host="::1", port=0, database=Path("events.db"), schema="", log_file=Path("log"),
+                idle_timeout=75, allowed_host=["a.example"],
+                allowed_origin="https://a.example, http://b.example")
+port: int = config.port
+with WebhookServer(config, on_event=keep, logger=logging.getLogger("mine")) as server:
+    url: str = server.url + str(server.port)
+    server.reopen_log()
+with WebhookServer(on_event=print):
+    pass
+WebhookServer(Config(), on_event=lambda event: event.patient_id, logger=None).start().stop()
+try:
+    problems: list[Problem] = Schema({"type": "object"}).errors({})
+    messages: list[str] = [problem.path + problem.rule + problem.message for problem in problems]
+except SchemaError as error:
+    place: str = error.place
+except (SetupError, JSONError):
+    pass
+notes: str = AppointmentEvent("a", "b", "c", "d", None, "e", None, "{}").notes or ""
+value = parse_json(b"{}")[0]
+'''
+    BAD = '''
+from webhook_server import AppointmentEvent, Config, Contract, Schema, WebhookServer
+Config(port=[])
+Config(database=5)
+Config(allowed_host=[5])
+Config(nonsense=5)
+WebhookServer("events.db")
+WebhookServer(on_event="print")
+WebhookServer(logger="webhook")
+WebhookServer(on_event=lambda event: event.nonsense)
+WebhookServer().port + "x"
+WebhookServer().url + 5
+Schema({}).errors(5)[0].nonsense
+def on_event(event: AppointmentEvent) -> str:
+    return event.id
+'''
+
+    def errors(self, program):
+        """What mypy reports for a program: {(file, line)}, and its whole text."""
+        shutil.copy(PROGRAM, self.folder)
+        (self.folder / "program.py").write_text(program.lstrip())
+        done = subprocess.run([MYPY, "--strict", "--cache-dir", str(self.folder / "cache"), "program.py"],
+                              capture_output=True, cwd=self.folder, timeout=WAIT)
+        text = done.stdout.decode() + done.stderr.decode()
+        return {(file, int(line)) for file, line in re.findall(r"(?m)^([^:\n]+):(\d+): error", text)}, text
+
+    def test_a_program_that_uses_us_as_meant_hears_nothing(self):
+        found, text = self.errors(self.GOOD)
+        self.assertEqual(found, set(), text)
+        self.assertIn("Success", text)
+
+    def test_a_program_with_mistakes_hears_of_each_of_them_and_of_nothing_else(self):
+        found, text = self.errors(self.BAD)
+        lines = self.BAD.lstrip().splitlines()
+        wrong = {("program.py", number) for number, line in enumerate(lines, 1)
+                 if not line.startswith(("from", "def"))}
+        self.assertEqual(found, wrong, text)
 
 
 class DocumentTest(ServerTest):
@@ -4865,8 +8012,8 @@ class DocumentTest(ServerTest):
                 self.assertIn(f"{flag} {metavar} {field.metadata['help']}", text)
                 if field.default not in ("", ()):
                     self.assertIn(f"{field.metadata['help']} (default: {field.default})", text)
-        for name in ("serve", "check", "send", "bench"):
-            self.assertRegex(text, rf" {name} [a-z]")
+        for row in receiver.COMMANDS:
+            self.assertIn(f" {row.name} {row.help}", text)
 
     def test_readme_has_a_row_for_every_setting(self):
         readme = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
@@ -4874,17 +8021,64 @@ class DocumentTest(ServerTest):
         missing = [line for line in table[2:] if line not in readme]
         self.assertEqual(missing, [], "README.md needs this table:\n\n" + "\n".join(table) + "\n")
 
+    @staticmethod
+    def blocks():
+        """[(language, text)] of what README shows in blocks."""
+        return re.findall(r"```(\w*)\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+    def block(self, word):
+        """The one block that holds a word, with this Python."""
+        found, = (text for _, text in self.blocks() if word in text)
+        return found.replace("python3 -", f"'{sys.executable}' -")
+
+    @unittest.skipUnless(POSIX, "needs a shell")
+    def test_a_backup_is_made_and_restored_as_the_readme_says(self):
+        for word in (".backup(", "mv appointments.db*"):
+            server = self.start(database=str(self.folder / "appointments.db"))
+            for name in ("APT-1", word):
+                self.post(server, event(appointment_id=name))
+            if word != ".backup(":
+                server.stop()
+                (self.folder / "appointments.db-wal").write_bytes(b"stale")
+            subprocess.run(["sh", "-c", self.block(word)], cwd=self.folder, check=True, timeout=WAIT)
+            server.stop()
+        self.assertEqual(rows(self.folder / "before" / "appointments.db"), 3)
+        self.assertEqual((self.folder / "appointments.db").stat().st_mode & 0o77, 0)
+        self.assertFalse((self.folder / "appointments.db-wal").exists())
+        server = self.start(database=str(self.folder / "appointments.db"))
+        self.assertEqual([one["appointment_id"] for one in self.call(server).json["events"]],
+                         ["APT-1", ".backup("])
+
+    def test_the_quotes_for_windows_make_the_same_event_as_those_for_a_shell(self):
+        words = ("curl -d '", "curl -d \"", "Invoke-RestMethod")
+        shell, cmd, powershell = (next(text for _, text in self.blocks() if word in text) for word in words)
+        expected = json.loads(re.search("'(.*)'", shell)[1])
+        self.assertEqual(json.loads(re.search(' "(.*)"', cmd)[1].replace('\\"', '"')), expected)
+        self.assertEqual(json.loads(re.search("'(.*)'", powershell)[1]), expected)
+
+    def test_the_programs_in_the_readme_run(self):
+        for word, stdin, output in (("import asyncio", b"", r"\A\Z"),
+                                    ("input(", b"\n", r"\Ahttp://127.0.0.1:\d+\n.*\Z")):
+            with self.subTest(word):
+                text = self.block(word).replace("sleep(3600)", "sleep(0)")
+                done = subprocess.run([sys.executable, "-c", text], cwd=self.folder, input=stdin,
+                                      capture_output=True,
+                                      timeout=WAIT, env={**clean_environment(), "PYTHONPATH": str(HERE)})
+                self.assertEqual(done.returncode, 0, done.stderr)
+                self.assertRegex(done.stdout.decode().replace("\r", ""), output)
+
     @unittest.skipUnless(POSIX and shutil.which("curl"), "needs a shell and curl")
     def test_every_answer_in_the_readme_is_what_comes_back(self):
         server = self.start(database=str(self.folder / "appointments.db"))
-        blocks = re.findall(r"```(\w*)\n(.*?)```", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-        tried = 0
-        for (kind, commands), (_, expected) in zip(blocks, blocks[1:]):
-            if kind != "sh" or commands.startswith("./run.sh") or "sqlite3 " in commands and not shutil.which("sqlite3"):
+        blocks, tried = self.blocks(), 0
+        for (kind, commands), (answer_kind, expected) in zip(blocks, blocks[1:]):
+            if kind != "sh" or answer_kind == "sh" or commands.startswith("./run.sh"):
                 continue
             commands = commands.replace("http://127.0.0.1:8000", server.url).replace(
-                "python3 webhook_server.py", f"'{sys.executable}' -S -I '{PROGRAM}'")
-            done = subprocess.run(["sh", "-c", commands], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=WAIT,
+                "python3 webhook_server.py", f"'{sys.executable}' -S -I '{PROGRAM}'").replace(
+                "python3 -", f"'{sys.executable}' -")
+            done = subprocess.run(["sh", "-c", commands], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  timeout=WAIT,
                                   cwd=self.folder, env=clean_environment())
             with self.subTest(commands[:80]):
                 self.assertEqual(self.without_times(done.stdout.decode()), self.without_times(expected))
@@ -4897,20 +8091,23 @@ class DocumentTest(ServerTest):
         return re.sub(r'"free_bytes": \d+', "(free)", text).strip()
 
     def test_readme_has_no_place_left_to_fill_in(self):
-        self.assertNotRegex((HERE / "README.md").read_text(encoding="utf-8"), r"BENCH_OUTPUT|SETTINGS_TABLE|TODO")
+        self.assertNotRegex((HERE / "README.md").read_text(encoding="utf-8"),
+                            r"BENCH_OUTPUT|SETTINGS_TABLE|TODO")
 
     def test_readme_names_no_flag_that_does_not_exist(self):
         known = set()
-        for arguments in (["--help"], ["check", "-h"], ["send", "-h"], ["bench", "-h"]):
-            known |= set(re.findall(r"--[a-z][a-z0-9-]*", command(*arguments)[1]))
+        for row in receiver.COMMANDS:
+            known |= set(re.findall(r"--[a-z][a-z0-9-]*", command(row.name, "--help")[1]))
         readme = (HERE / "README.md").read_text(encoding="utf-8")
         written = set(re.findall(r"`(--[a-z][a-z0-9-]*)", readme))
         self.assertEqual(written - known, set())
         self.assertEqual(set(re.findall(r"WEBHOOK_[A-Z_]+[A-Z]", readme)) - {
-            "WEBHOOK_" + field.name.upper() for field in dataclasses.fields(Config)} - {"WEBHOOK_NAME"}, set())
+            "WEBHOOK_" + field.name.upper() for field in dataclasses.fields(Config)} - {"WEBHOOK_NAME"},
+                         set())
 
     def test_the_built_in_schema_is_schema_json(self):
-        self.assertEqual(json.loads((HERE / "schema.json").read_text(encoding="utf-8")), receiver.EVENT_SCHEMA)
+        self.assertEqual(json.loads((HERE / "schema.json").read_text(encoding="utf-8")),
+                         receiver.EVENT_SCHEMA)
 
     def test_the_table_of_contents_is_true(self):
         listed = re.findall(r"(?m)^    ([A-Z][A-Za-z ]*?)  +\S", receiver.__doc__)
@@ -4925,7 +8122,8 @@ class DocumentTest(ServerTest):
         environment = {**clean_environment(), "PYTHON": sys.executable}
 
         def run(*arguments, **changes):
-            done = subprocess.run([str(HERE / "run.sh"), *arguments], stdin=subprocess.DEVNULL, capture_output=True,
+            done = subprocess.run([str(HERE / "run.sh"), *arguments], stdin=subprocess.DEVNULL,
+                                  capture_output=True,
                                   cwd=self.folder, timeout=WAIT, env={**environment, **changes})
             return done.returncode, done.stdout.decode(), done.stderr.decode()
         self.assertIn("examples:", run("help")[1])
@@ -4937,9 +8135,42 @@ class DocumentTest(ServerTest):
         link.symlink_to(HERE / "run.sh")
         done = subprocess.run([str(link), "--version"], capture_output=True, timeout=WAIT, env=environment)
         self.assertEqual(done.stdout.decode(), f"webhook_server.py {receiver.__version__}\n")
-        code, out, err = run("start", PYTHON="false")
-        self.assertEqual((code, out, err.count("\n")), (2, "", 1))
-        self.assertIn("3.9", err)
+
+    @unittest.skipUnless(POSIX, "a script for sh")
+    def test_run_sh_says_what_is_wrong_with_a_python_and_takes_the_first_that_works(self):
+        if not (HERE / "run.sh").exists():
+            self.skipTest("run.sh is not here")
+        tools = self.folder / "tools"
+        tools.mkdir()
+        for name in ("dirname", "readlink", "sh"):
+            (tools / name).symlink_to(shutil.which(name))
+
+        def python(name, lines):
+            (tools / name).write_text(f"#!{shutil.which('sh')}\n{lines}\n")
+            (tools / name).chmod(0o755)
+
+        def run(**changes):
+            done = subprocess.run([str(HERE / "run.sh"), "--version"], stdin=subprocess.DEVNULL,
+                                  capture_output=True,
+                                  timeout=WAIT, env={"PATH": str(tools), **changes})
+            return done.returncode, done.stdout.decode(), done.stderr.decode()
+        for words, name, lines in (
+                ("python3 is not here; install Python 3.9 or newer; ", None, ""),
+                ("python3 is no Python that works; install 3.9 or newer; ", "python3", "exit 1"),
+                ("python3 is Python 3.6; ", "python3", 'echo "is Python 3.6; install 3.9 or newer"')):
+            with self.subTest(words):
+                if name:
+                    python(name, lines)
+                code, out, err = run()
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+                self.assertTrue(err.startswith("run.sh: " + words), err)
+        # The real question, asked of this Python with a module taken away
+        (self.folder / "sqlite3.py").write_text("raise ImportError(name='sqlite3')")
+        code, out, err = run(PYTHON=sys.executable, PYTHONPATH=str(self.folder))
+        self.assertEqual((code, out), (2, ""))
+        self.assertIn("lacks sqlite3 of its standard library; install all of it", err)
+        python("python3.9", f'exec "{sys.executable}" "$@"')
+        self.assertEqual(run(), (0, f"webhook_server.py {receiver.__version__}\n", ""))
 
 
 # =============================================================================
