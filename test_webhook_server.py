@@ -5685,8 +5685,8 @@ class PollerTest(HTTPTest):
         connection = self.connect(server)
         connection.sendall(post_bytes(event(appointment_id="first")))       # a first one is read by the own thread
         self.read_answer(connection)
-        hand_over = receiver.Connection.hand_over
-        with mock.patch.object(receiver.Connection, "hand_over", autospec=True, side_effect=hand_over) as handed:
+        hand_over = receiver.Inbox.hand_over
+        with mock.patch.object(receiver.Inbox, "hand_over", autospec=True, side_effect=hand_over) as handed:
             for number in range(20):
                 connection.sendall(post_bytes(event(appointment_id=f"AP{number:03}")))
                 self.assertEqual(self.read_answer(connection).status, 200)
@@ -6597,11 +6597,10 @@ class ShutdownTest(HTTPTest):
                 ours, theirs = socket.socketpair()
                 self.addCleanup(ours.close)
                 self.addCleanup(theirs.close)
-                handler = receiver.Connection.__new__(receiver.Connection)
-                handler.socket = ours
-                self.assertEqual((handler._recv_waiting(0.001), ours.gettimeout()), (b"", None))
+                inbox = receiver.Inbox(mock.Mock(socket=ours))
+                self.assertEqual((inbox.recv_waiting(0.001), ours.gettimeout()), (b"", None))
                 theirs.sendall(b"GET")
-                self.assertEqual((handler._recv_waiting(WAIT), ours.gettimeout()), (b"GET", None))
+                self.assertEqual((inbox.recv_waiting(WAIT), ours.gettimeout()), (b"GET", None))
 
     def test_who_pipelines_on_while_the_service_drains_can_read_its_last_answer(self):
         server = self.start()

@@ -6267,7 +6267,7 @@ class Poller:
         self._thread.start()
 
     def watch(self, connection: Connection) -> None:
-        """Read for `connection` until something comes that is for its own thread: then call its hand_over(bytes)."""
+        """Read for `connection` until something comes that is for its own thread: then call its inbox's hand_over()."""
         descriptor = connection.socket.fileno()
         self._connections[descriptor] = connection
         self._epoll.register(descriptor, select.EPOLLIN)
@@ -6298,7 +6298,7 @@ class Poller:
                     pass
                 self._epoll.unregister(descriptor)
                 del connections[descriptor]
-                connection.hand_over(data)
+                connection.inbox.hand_over(data)
             if group:
                 lead(group)
 
@@ -6330,6 +6330,156 @@ class Poller:
         return True
 
 
+class Inbox:
+    """What comes in on one connection: takes one request after the other out of it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._socket = connection, connection.socket
+        self._server, self._endpoints = connection.server, connection.server.endpoints
+        self._buffer = b""                              # what came behind the last request
+        self.pipelined = False                          # whether requests came before their predecessors were answered
+        # While the poller reads for us
+        self._parked = threading.Lock()
+        self._parked.acquire()
+        self._handed = b""
+
+    def wait(self) -> bytes:
+        """The first bytes of the next request; b"" where there will be none."""
+        if self._buffer:
+            return self._buffer
+        connection = self._connection
+        if connection.phase != Phase.CONNECTED:
+            connection.enter(Phase.IDLE)
+        # Looked at after the phase is set, as stop() sets `draining` before it looks at phases: one of us sees the other
+        if connection.timed_out:
+            return b""
+        if self._server.draining:                       # what has come already is still answered
+            return self.recv_waiting(DRAIN_GRACE)
+        if connection.phase == Phase.IDLE and self._server.poller is not None:
+            self._server.poller.watch(connection)
+            self._parked.acquire()
+            return self._handed
+        return self.recv()
+
+    def hand_over(self, data: bytes) -> None:
+        """Called by the poller: have wait() go on with `data` in the connection's thread; b"" when the peer has ended."""
+        self._handed = data
+        self._parked.release()
+
+    def read(self, request: Request, buffer: bytes) -> None:
+        """Read the request that begins with `buffer`, and keep what follows it. Raises Refusal.
+
+        Hot path: head and body are found by position in what one recv gave, and the head is looked up among those seen
+        before (against readline and email.parser: +43 %). What came in pieces goes the slow way.
+        """
+        end = buffer.find(b"\r\n\r\n") + 4
+        if end == 3 or buffer[0] == 13:
+            buffer, end = self._more_head(buffer)
+        request.ruling = ruling = self._endpoints.rules.ruling(buffer[:end])
+        head = ruling.head
+        if ruling.refusal is not None:
+            self._buffer = buffer[end:]
+            return
+        at = end + (head.length or 0)
+        if head.chunked or len(buffer) < at:
+            request.body = self._more_body(head, buffer[end:])
+        else:
+            request.body, self._buffer = buffer[end:at], buffer[at:]
+        if self._buffer:
+            self.pipelined = True
+        self._connection.phase = Phase.WORK
+
+    def recv(self) -> bytes:
+        """What the peer sent, b"" when it ended, broke, or took too long."""
+        try:
+            return self._socket.recv(PIECE)
+        except OSError:
+            return b""
+
+    def recv_in_turn(self) -> bytes:
+        """As _recv, for what may be much: a hundred threads that each get a piece now would all want the interpreter."""
+        if not SENDS_AT_ONCE:
+            return self.recv()
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        poll.poll()
+        with self._endpoints.heavy, contextlib.suppress(OSError):
+            return self._socket.recv(PIECE, socket.MSG_DONTWAIT)
+        return b""
+
+    def recv_waiting(self, seconds: float) -> bytes:
+        """What has come already or comes within `seconds`, b"" when that is nothing."""
+        with contextlib.suppress(OSError):
+            if SENDS_AT_ONCE:                           # a timeout would also be one for who sends our answers
+                poll = select.poll()
+                poll.register(self._socket, select.POLLIN)
+                poll.poll(seconds * 1000)
+                return self._socket.recv(PIECE, socket.MSG_DONTWAIT)
+            self._socket.settimeout(seconds or 0.001)
+            try:
+                return self._socket.recv(PIECE)
+            finally:
+                self._socket.settimeout(None)
+        return b""
+
+    def _more_head(self, buffer: bytes) -> tuple:
+        """(bytes, where the head in them ends), reading on as long as it takes. Raises Malformed."""
+        connection = self._connection
+        if connection.phase != Phase.CONNECTED:
+            connection.since = time.monotonic()
+        connection.phase = Phase.HEAD
+        limits, piece, looked_at = self._endpoints.rules.limits, buffer, 0
+        while True:
+            if buffer[:2] == b"\r\n":                   # RFC 9112 section 2.2: empty lines before a request
+                buffer = buffer[_EMPTY_LINES.match(buffer).end():]
+            # Trickled bytes are looked at when a line ends, or it would cost the square of their number
+            if b"\n" in piece or not looked_at or len(buffer) - looked_at > 1024:
+                looked_at = len(buffer)
+                end = find_head(buffer, limits)
+                if end >= 0:
+                    return buffer, end
+            piece = self.recv()
+            if not piece:
+                raise self._ended("head", self._server.config.header_timeout)
+            buffer += piece
+
+    def _more_body(self, head: Head, begun: bytes) -> bytes:
+        """The body, of which `begun` has come; keeps what follows it. Raises Refusal."""
+        self._connection.enter(Phase.BODY)
+        if head.expect_continue and not begun:
+            self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", Phase.BODY)
+        if head.chunked:
+            decoder = ChunkedBody(self._endpoints.rules.limits)
+            decoder.feed(begun)
+            while decoder.rest is None:
+                decoder.feed(self._recv_body(len(decoder.body)))
+            self._buffer = decoder.rest
+            return bytes(decoder.body)
+        pieces, size = [begun], len(begun)
+        while size < head.length:
+            pieces.append(self._recv_body(size))
+            size += len(pieces[-1])
+        body = b"".join(pieces)
+        self._buffer = body[head.length:]
+        return body[:head.length]
+
+    def _recv_body(self, have: int) -> bytes:
+        """More of a body of which we have `have` bytes: a large one is counted as it comes."""
+        piece = self.recv_in_turn()
+        if not piece:
+            raise self._ended("body", self._server.config.body_timeout)
+        if have + len(piece) > ORDINARY_BODY:
+            self._connection.hold(self._server.large, len(piece), "Too many large bodies are being received; try again", close=True)
+        return piece
+
+    def _ended(self, part: str, limit: float) -> Refusal:
+        if self._connection.was_cut:
+            return Busy("The service is stopping", close=True)
+        if self._connection.timed_out:
+            return Malformed(408, f"The {part} of the request took longer than {limit:g} seconds")
+        return Malformed(400, f"The connection ended before the whole {part} had come")
+
+
 class Connection(BaseHTTPRequestHandler):
     """One connection, in a thread of its own: reads requests strictly, has them answered, sends.
 
@@ -6343,18 +6493,12 @@ class Connection(BaseHTTPRequestHandler):
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.address = self.client_address[0]
         self.endpoints: Endpoints = self.server.endpoints
-        self.outbox = Outbox(self)
+        self.inbox, self.outbox = Inbox(self), Outbox(self)
         self.close_connection = False
         self.timed_out = self.was_cut = False           # set by the clock, or by stop(), which then end our recv
-        self._pipelined = False                         # whether requests came before their predecessors were answered
         # For the request that is being read
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
-        self._buffer = b""                              # what came behind the last request
-        self._held: list = []                           # (budget, amount) that this request uses
-        # While the poller reads for us
-        self._parked = threading.Lock()
-        self._parked.acquire()
-        self._handed = b""
+        self._held: list = []                           # (budget, amount) that it uses
         self.server.opened(self)
 
     def finish(self) -> None:
@@ -6369,17 +6513,21 @@ class Connection(BaseHTTPRequestHandler):
         while not self.close_connection:
             self.handle_one_request()
 
+    def enter(self, phase: int) -> None:
+        """From now on the connection waits for something else."""
+        self.phase, self.since = phase, time.monotonic()
+
     def handle_one_request(self) -> None:
         """Read one request and have it answered."""
         if self.outbox.is_full:
             self.outbox.settle()
-        buffer = self._buffer or self._wait_for_request()
+        buffer = self.inbox.wait()
         if not buffer:
             self.close_connection = True
             return
         request = Request(NO_RULING, b"", self.endpoints.ids.next(), self)
         try:
-            self._read(request, buffer)
+            self.inbox.read(request, buffer)
             response = self._serve(request)
         except Exception as error:
             response = self.endpoints.failed(request, error)
@@ -6399,7 +6547,7 @@ class Connection(BaseHTTPRequestHandler):
         if not direct:
             self.outbox.settle()                        # a pipelined reader sees what was sent before it
         if ruling.route.reads:
-            self._hold(self.server.reads, 1, "Too many reads are under way; try again")
+            self.hold(self.server.reads, 1, "Too many reads are under way; try again")
         response = ruling.endpoint(request, *ruling.arguments)
         if response is not None:
             return response
@@ -6410,143 +6558,11 @@ class Connection(BaseHTTPRequestHandler):
             return None
         return self.endpoints.answer_to_event(request, self.endpoints.store.add(request.event, request.digest))
 
-    def _hold(self, budget: Budget, amount: int, message: str, close: bool = False) -> None:
+    def hold(self, budget: Budget, amount: int, message: str, close: bool = False) -> None:
+        """Use so much of a budget until the request is answered. Raises Busy."""
         if not budget.take(self.address, amount):
             raise Busy(message, close)
         self._held.append((budget, amount))
-
-    # -- reading
-
-    def _wait_for_request(self) -> bytes:
-        if self.phase != Phase.CONNECTED:
-            self.phase, self.since = Phase.IDLE, time.monotonic()
-        # Looked at after the phase is set, as stop() sets `draining` before it looks at phases: one of us sees the other
-        if self.timed_out:
-            return b""
-        if self.server.draining:                        # what has come already is still answered
-            return self._recv_waiting(DRAIN_GRACE)
-        if self.phase == Phase.IDLE and self.server.poller is not None:
-            self.server.poller.watch(self)
-            self._parked.acquire()
-            return self._handed
-        return self._recv()
-
-    def hand_over(self, data: bytes) -> None:
-        """Called by the poller: go on with `data` in our own thread; b"" when the connection has ended."""
-        self._handed = data
-        self._parked.release()
-
-    def _read(self, request: Request, buffer: bytes) -> None:
-        """Read the request that begins with `buffer`, and keep what follows it. Raises Refusal.
-
-        Hot path: head and body are found by position in what one recv gave, and the head is looked up among those seen
-        before (against readline and email.parser: +43 %). What came in pieces goes the slow way.
-        """
-        end = buffer.find(b"\r\n\r\n") + 4
-        if end == 3 or buffer[0] == 13:
-            buffer, end = self._more_head(buffer)
-        request.ruling = ruling = self.endpoints.rules.ruling(buffer[:end])
-        head = ruling.head
-        if ruling.refusal is not None:
-            self._buffer = buffer[end:]
-            return
-        at = end + (head.length or 0)
-        if head.chunked or len(buffer) < at:
-            request.body = self._more_body(head, buffer[end:])
-        else:
-            request.body, self._buffer = buffer[end:at], buffer[at:]
-        if self._buffer:
-            self._pipelined = True
-        self.phase = Phase.WORK
-
-    def _recv(self) -> bytes:
-        """What the peer sent, b"" when it ended, broke, or took too long."""
-        try:
-            return self.socket.recv(PIECE)
-        except OSError:
-            return b""
-
-    def _recv_in_turn(self) -> bytes:
-        """As _recv, for what may be much: a hundred threads that each get a piece now would all want the interpreter."""
-        if not SENDS_AT_ONCE:
-            return self._recv()
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        poll.poll()
-        with self.endpoints.heavy, contextlib.suppress(OSError):
-            return self.socket.recv(PIECE, socket.MSG_DONTWAIT)
-        return b""
-
-    def _recv_waiting(self, seconds: float) -> bytes:
-        """What has come already or comes within `seconds`, b"" when that is nothing."""
-        with contextlib.suppress(OSError):
-            if SENDS_AT_ONCE:                           # a timeout would also be one for who sends our answers
-                poll = select.poll()
-                poll.register(self.socket, select.POLLIN)
-                poll.poll(seconds * 1000)
-                return self.socket.recv(PIECE, socket.MSG_DONTWAIT)
-            self.socket.settimeout(seconds or 0.001)
-            try:
-                return self.socket.recv(PIECE)
-            finally:
-                self.socket.settimeout(None)
-        return b""
-
-    def _more_head(self, buffer: bytes) -> tuple:
-        """(bytes, where the head in them ends), reading on as long as it takes. Raises Malformed."""
-        if self.phase != Phase.CONNECTED:
-            self.since = time.monotonic()
-        self.phase = Phase.HEAD
-        limits, piece, looked_at = self.endpoints.rules.limits, buffer, 0
-        while True:
-            if buffer[:2] == b"\r\n":                   # RFC 9112 section 2.2: empty lines before a request
-                buffer = buffer[_EMPTY_LINES.match(buffer).end():]
-            # Trickled bytes are looked at when a line ends, or it would cost the square of their number
-            if b"\n" in piece or not looked_at or len(buffer) - looked_at > 1024:
-                looked_at = len(buffer)
-                end = find_head(buffer, limits)
-                if end >= 0:
-                    return buffer, end
-            piece = self._recv()
-            if not piece:
-                raise self._ended("head", self.server.config.header_timeout)
-            buffer += piece
-
-    def _more_body(self, head: Head, begun: bytes) -> bytes:
-        """The body, of which `begun` has come; keeps what follows it. Raises Refusal."""
-        self.phase, self.since = Phase.BODY, time.monotonic()
-        if head.expect_continue and not begun:
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n", Phase.BODY)
-        if head.chunked:
-            decoder = ChunkedBody(self.endpoints.rules.limits)
-            decoder.feed(begun)
-            while decoder.rest is None:
-                decoder.feed(self._recv_body(len(decoder.body)))
-            self._buffer = decoder.rest
-            return bytes(decoder.body)
-        pieces, size = [begun], len(begun)
-        while size < head.length:
-            pieces.append(self._recv_body(size))
-            size += len(pieces[-1])
-        body = b"".join(pieces)
-        self._buffer = body[head.length:]
-        return body[:head.length]
-
-    def _recv_body(self, have: int) -> bytes:
-        """More of a body of which we have `have` bytes: a large one is counted as it comes."""
-        piece = self._recv_in_turn()
-        if not piece:
-            raise self._ended("body", self.server.config.body_timeout)
-        if have + len(piece) > ORDINARY_BODY:
-            self._hold(self.server.large, len(piece), "Too many large bodies are being received; try again", close=True)
-        return piece
-
-    def _ended(self, part: str, limit: float) -> Refusal:
-        if self.was_cut:
-            return Busy("The service is stopping", close=True)
-        if self.timed_out:
-            return Malformed(408, f"The {part} of the request took longer than {limit:g} seconds")
-        return Malformed(400, f"The connection ended before the whole {part} had come")
 
     # -- answering
 
@@ -6577,13 +6593,13 @@ class Connection(BaseHTTPRequestHandler):
         if response.streamed and not head.http11:
             close = True                                # HTTP/1.0: the end of the connection ends the body
         note = response.note
-        if self._send(self.endpoints.encoded(request, response, close)) and response.streamed:
+        if self.send(self.endpoints.encoded(request, response, close)) and response.streamed:
             note = self._stream(request, response)
             close = close or note != response.note
         self.endpoints.note(request, response.status, response.level, note, response.event_id)
         if close:
             self.close_connection = True
-            if response.close or self._pipelined or self._recv_waiting(0):          # more may be on its way
+            if response.close or self.inbox.pipelined or self.inbox.recv_waiting(0):          # more may be on its way
                 self._linger()
 
     def _stream(self, request: Request, response: Response) -> str:
@@ -6597,36 +6613,36 @@ class Connection(BaseHTTPRequestHandler):
                     piece = made[at:at + PIECE]
                     if head.http11:
                         piece = b"%x\r\n%b\r\n" % (len(piece), piece)
-                    if not self._send(piece):
+                    if not self.send(piece):
                         return "cut by the stop" if self.was_cut else "receiver left"
             if head.http11:
-                self._send(b"0\r\n\r\n")
+                self.send(b"0\r\n\r\n")
         except Exception as error:                      # the status is sent: a missing end tells that it went wrong
             self.endpoints.failed(request, error)
             self.close_connection = True
             return f"broken off: {error}" if isinstance(error, StoreUnavailable) else "broken off"
         return response.note
 
-    def _send(self, data: bytes, phase_after: int = Phase.WORK) -> bool:
+    def send(self, data: bytes, phase_after: int = Phase.WORK) -> bool:
         """Send all of `data` after what is owed; False when the peer is gone or does not read."""
         self.outbox.settle()
-        self.phase, self.since = Phase.SEND, time.monotonic()
+        self.enter(Phase.SEND)
         try:
             self.socket.sendall(data)
         except OSError:
             self.close_connection = True
             return False
-        self.phase, self.since = phase_after, time.monotonic()
+        self.enter(phase_after)
         return True
 
     def _linger(self) -> None:
         """Let the peer finish sending (RFC 9112 section 9.6): closing on unread bytes would destroy our answer."""
-        self.phase, self.since = Phase.LINGER, time.monotonic()
+        self.enter(Phase.LINGER)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
         size = 0
         while size < LINGER_BYTES and not self.timed_out:
-            piece = self._recv_in_turn()
+            piece = self.inbox.recv_in_turn()
             if not piece:
                 return
             size += len(piece)
