@@ -3019,8 +3019,8 @@ class _Files:
             short = is_all_moved and found.st_size < index.pages * index.page_bytes()
             if foreign or short or moves != (again.salt, again.moved, again.tried):
                 raise StoreUnavailable(
-                    f"{self.main} was overwritten or truncated while it is in use, and nothing more is written to "
-                    f"it; stop the service, and if it is a restored copy move {self.wal} and {self.shm} away, "
+                    f"{self.main} was overwritten or truncated while it is in use, and nothing more is written "
+                    f"to it; stop the service, and if it is a restored copy move {self.wal} and {self.shm} away, "
                     "else restore one")
             self._change, self._moves = (found.st_size, found.st_mtime_ns), moves
 
@@ -3477,8 +3477,9 @@ CREATE TABLE conflicting_events (
             raise StoreUnavailable(f"{error}; {told}") from None
         except _Deleted as error:
             self._save_aside()
-            raise StoreUnavailable(f"{error}; what was stored in it is in {self._saved or 'no file any more'}: put "
-                                   "the right file in its place, and restart the service") from None
+            kept = self._saved or "no file any more"
+            raise StoreUnavailable(f"{error}; what was stored in it is in {kept}: put the right file in its "
+                                   "place, and restart the service") from None
 
     def _save_aside(self) -> None:
         """Once, copy a main file that has no name any more."""
@@ -3504,8 +3505,7 @@ CREATE TABLE conflicting_events (
         return found and AppointmentEvent._make(found)
 
     def digest(self, event_id: int) -> bytes:
-        """content_digest() of a stored event's payload. Raises StoreUnavailable, also when it is there no
-        more."""
+        """content_digest() of a stored payload. Raises StoreUnavailable, also when it is there no more."""
         found = self.event(event_id)
         if found is None:
             raise StoreUnavailable(f"the event with id {event_id} was deleted")
@@ -3531,8 +3531,7 @@ CREATE TABLE conflicting_events (
     # -- closing
 
     def close(self) -> None:
-        """Put everything into the main file and close; nothing is written over files that others have
-        changed."""
+        """Put everything into the main file and close, but write nothing over files that others changed."""
         if self.files is None:
             return
         self._checkpoints.stop()
@@ -3607,7 +3606,8 @@ class _Readers:
     @contextlib.contextmanager
     def all_places(self) -> Iterator[list]:
         """Wait until nobody reads, and keep it so: the connections, which may be taken out of the list. Only
-        one at a time may ask for it: who has the lock of checkpoints. Reads wait for no lock of the writer."""
+        one at a time may ask for it: who has the lock of checkpoints. Reads wait for no lock of the
+        writer."""
         with self._are_back:
             self._are_wanted = True
             while len(self._free) < self.MOST:
@@ -3926,12 +3926,13 @@ def _refuse_left_wal(path: str, problem: str) -> None:
     """Raise SetupError when there is a problem."""
     if problem:
         name = os.path.basename(path)
-        raise SetupError(f"database {path}: {name}-wal does not belong to it ({problem}). If it is a restored copy, "
-                         f"move {name}-wal and {name}-shm away and start again; nothing was changed")
+        raise SetupError(f"database {path}: {name}-wal does not belong to it ({problem}). If it is a restored "
+                         f"copy, move {name}-wal and {name}-shm away and start again; nothing was changed")
 
 
 def _problem_of_index(connection: sqlite3.Connection) -> str:
-    """What quick_check does not find: with an older main file some pages of the index or of its table are missing."""
+    """What quick_check does not find: with an older main file some pages of the index or of its table are
+    missing."""
     counts = {connection.execute(f"SELECT count(*) FROM appointment_events {how}").fetchone()[0]
               for how in ("NOT INDEXED", "INDEXED BY idx_appointment_timestamp")}
     if len(counts) > 1:
@@ -3958,8 +3959,8 @@ def _make_tables(engine: SQLite, connection: sqlite3.Connection) -> None:
 
 
 def _add_digests(engine: SQLite, connection: sqlite3.Connection) -> None:
-    """From version 1, whose conflicting_events had no digests. A program of version 1 that still runs writes its number
-    into a file that has them, so they may be there."""
+    """From version 1, whose conflicting_events had no digests. A program of version 1 that still runs writes
+    its number into a file that has them, so they may be there."""
     if "digest" not in _columns_of(connection, "conflicting_events"):
         connection.execute("ALTER TABLE conflicting_events ADD COLUMN digest BLOB")
     for name in ("idx_conflicting_event_id", "idx_conflicting_event_digest"):
