@@ -406,7 +406,8 @@ def strange_variables(environment: dict) -> list[str]:
 # =============================================================================
 
 MAX_DEPTH = 64          # .NET's limit; the C scanner recurses, so this also keeps small thread stacks whole
-MAX_CONTAINERS = 10000  # objects and arrays: a megabyte of them takes 20 MB and holds the interpreter for 100 ms
+# objects and arrays: a megabyte of them takes 20 MB and holds the interpreter for 100 ms
+MAX_CONTAINERS = 10000
 MAX_NUMBER = 100        # characters: int() of a million digits takes seconds
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -467,8 +468,8 @@ def parse_json(body: bytes, most: int = MAX_CONTAINERS) -> tuple:
     """(value, text) of a UTF-8 body that is one JSON value by RFC 8259.
 
     Refused beyond the grammar, with JSONError: duplicate names, U+0000 and lone surrogates in strings (no
-    database keeps them faithfully), depth over 64, numbers over 100 characters or out of a double's range, and
-    more than `most` objects and arrays.
+    database keeps them faithfully), depth over 64, numbers over 100 characters or out of a double's range,
+    and more than `most` objects and arrays.
     """
     try:
         text = body.decode()
@@ -2752,7 +2753,7 @@ class Checkup:
 COLUMNS = AppointmentEvent._fields[:-1]
 GROUP = 512  # most events in one commit: bounds how long the first of them waits for the last
 LOCK_STEP = 0.1                 # seconds to wait for another thread of ours that writes
-MOST_READ = 256 * 1024          # characters of payloads in one read: a reader that stalls keeps no more in memory
+MOST_READ = 256 * 1024  # characters of payloads in one read: a reader that stalls keeps no more in memory
 # a longer payload is compared outside of the transaction: everybody waits for what is in it
 MOST_COMPARED = 8192
 DAMAGED = "the file is damaged; restore a backup, or save what is left with sqlite3's .recover"
@@ -3019,9 +3020,9 @@ class _Files:
             short = is_all_moved and found.st_size < index.pages * index.page_bytes()
             if foreign or short or moves != (again.salt, again.moved, again.tried):
                 raise StoreUnavailable(
-                    f"{self.main} was overwritten or truncated while it is in use, and nothing more is written "
-                    f"to it; stop the service, and if it is a restored copy move {self.wal} and {self.shm} away, "
-                    "else restore one")
+                    f"{self.main} was overwritten or truncated while it is in use, and nothing more is "
+                    f"written to it; stop the service, and if it is a restored copy move {self.wal} and "
+                    f"{self.shm} away, else restore one")
             self._change, self._moves = (found.st_size, found.st_mtime_ns), moves
 
     def _told(self, name: str) -> str:
@@ -3235,7 +3236,7 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
     def insert(self, events: list) -> list:
         """Store events: an Outcome for each, in their order. Duplicates with other content are kept aside,
         but for those whose `identical` is None. Raises StoreUnavailable."""
-        if not self._connection.in_transaction:         # a work has ended it: rows would be committed one by one
+        if not self._connection.in_transaction:  # a work has ended it: rows would be committed one by one
             raise StoreUnavailable("the transaction is gone")
         outcomes: list = []
         for at in range(0, len(events), self.MOST_ROWS):
@@ -3830,7 +3831,7 @@ class _AppointmentScan(_TableScan):
     def _collect(self, ids: array) -> Iterator[list]:
         """Put the lowest ids behind self.after into `ids`, with an empty list for each read. Returns whether
         these are all there are."""
-        kept, is_all, at = ids, True, None
+        is_all, at = True, None
         while True:
             query, values = self.INDEX, [self._appointment_id, self.ENTRIES]
             if at is not None:
@@ -3926,7 +3927,8 @@ def _refuse_left_wal(path: str, problem: str) -> None:
     """Raise SetupError when there is a problem."""
     if problem:
         name = os.path.basename(path)
-        raise SetupError(f"database {path}: {name}-wal does not belong to it ({problem}). If it is a restored "
+        raise SetupError(f"database {path}: {name}-wal does not belong to it ({problem}). If it is a "
+                         "restored "
                          f"copy, move {name}-wal and {name}-shm away and start again; nothing was changed")
 
 
@@ -4030,7 +4032,8 @@ class _PlainTable:
             with contextlib.closing(sqlite3.connect(_uri(Path(path), "ro"), uri=True)) as source:
                 return _copy_beside(source, path, "before-migration")
         except (OSError, sqlite3.Error) as error:
-            raise SetupError(f"database {path}: its table has to be rebuilt, and a copy of the file could not "
+            raise SetupError(f"database {path}: its table has to be rebuilt, and a copy of the file could "
+                             "not "
                              f"be made beside it ({_reason(error)}); it was not changed") from None
 
     def _rebuild(self) -> None:
@@ -5130,19 +5133,22 @@ def _reason_without_text(error: BaseException) -> str:
 
 REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
            405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout", 409: "Conflict",
-           411: "Length Required", 413: "Payload Too Large", 414: "URI Too Long", 415: "Unsupported Media Type",
-           417: "Expectation Failed", 431: "Request Header Fields Too Large", 500: "Server Error",
+           411: "Length Required", 413: "Payload Too Large", 414: "URI Too Long",
+           415: "Unsupported Media Type", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
+           500: "Server Error",
            501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 RETRY_AFTER = {"Retry-After": "1"}
 
-# RFC 9110 section 5.6.2 and RFC 9112 sections 3 and 5, byte for byte: no folding, no space before the colon, no bare
-# CR or LF, no NUL or other control but TAB in a value. A head is read as latin-1, so that a byte is a character.
+# RFC 9110 section 5.6.2 and RFC 9112 sections 3 and 5, byte for byte: no folding, no space before the colon,
+# no bare CR or LF, no NUL or other control but TAB in a value. A head is read as latin-1, so that a byte is a
+# character.
 _TCHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _VALUE = "[\t\x20-\x7e\x80-\xff]*"
 _REQUEST_LINE = re.compile(f"({_TCHAR}+) ([\x21-\x7e]+) HTTP/([0-9])\\.([0-9])")
-# White space around a value is stripped afterwards: in the pattern it would cost the square of 16,000 spaces. The second
-# branch swallows all that follows a line which is no field: else findall would try again at every character of it.
+# White space around a value is stripped afterwards: in the pattern it would cost the square of 16,000 spaces.
+# The second branch swallows all that follows a line which is no field: else findall would try again at every
+# character of it.
 _FIELDS = re.compile(f"({_TCHAR}+):({_VALUE})\r\n|(.+)", re.DOTALL)
 _TRAILER_LINE = re.compile(f"{_TCHAR}+:{_VALUE}".encode("latin-1"))
 _BEGINS_LIKE_A_METHOD = re.compile(_TCHAR.encode())
@@ -5157,10 +5163,12 @@ _WHERE_READERS_DISAGREE = ("host", "content-length", "transfer-encoding")
 
 
 class Refusal(Exception):
-    """What a sender did wrong or cannot have now, as it is answered: a status, a message, further members and fields.
+    """What a sender did wrong or cannot have now, as it is answered: a status, a message, further members and
+    fields.
 
-    What the sender wrote never stands in `message` itself: it fills the holes {} of it, out of `quoted`, in the answer;
-    the log gets `note`, which has three dots in their place. `close`: the rest of the connection has not been read.
+    What the sender wrote never stands in `message` itself: it fills the holes {} of it, out of `quoted`, in
+    the answer; the log gets `note`, which has three dots in their place. `close`: the rest of the connection
+    has not been read.
     """
     close = False
 
@@ -5177,7 +5185,8 @@ class Refusal(Exception):
 
 
 class Malformed(Refusal):
-    """A request that cannot be read: nobody can tell where the next one would begin, so the connection ends."""
+    """A request that cannot be read: nobody can tell where the next one would begin, so the connection
+    ends."""
     close = True
 
 
@@ -5197,7 +5206,8 @@ class Limits(NamedTuple):
 
 
 class Head:
-    """The head of a request: what its request line and fields say; of one that could not be read, as much as was."""
+    """The head of a request: what its request line and fields say; of one that could not be read, as much as
+    was."""
     method = target = path = "-"
     query = ""
     http11 = True
@@ -5235,8 +5245,8 @@ def find_head(buffer: bytes, limits: Limits) -> int:
 
 
 def parse_head(data: bytes, head: Head, limits: Limits) -> None:
-    """Fill `head` from complete bytes (RFC 9112), the empty line included. Raises Refusal; `head` then says what was
-    understood before."""
+    """Fill `head` from complete bytes (RFC 9112), the empty line included. Raises Refusal; `head` then says
+    what was understood before."""
     line, _, rest = data[:-2].decode("latin-1").partition("\r\n")
     _parse_request_line(line, head)
     _parse_fields(rest, head, limits)
@@ -5261,15 +5271,18 @@ def _parse_request_line(line: str, head: Head) -> None:
         if target[0] != "/":
             target = "/" + target
     if "#" in target or "%" in target and _BAD_PERCENT(target):
-        raise Malformed(400, "The request target is not a valid path: '%' must be followed by two hex digits, and '#' "
-                             "has no place in it")
+        raise Malformed(400, "The request target is not a valid path: '%' must be followed by two hex "
+                             "digits, and '#' has no place in it")
     head.path, _, head.query = target.partition("?")
 
 
 def _parse_fields(lines: str, head: Head, limits: Limits) -> None:
     """Hot path, where heads differ: one findall over all fields (5 against 12 us for a head of eight)."""
     found = _FIELDS.findall(lines)
-    if len(found) > limits.header_fields or found and found[-1][2].count("\r\n") + len(found) > limits.header_fields:
+    count = len(found)
+    if found:
+        count += found[-1][2].count("\r\n")            # the lines that were swallowed
+    if count > limits.header_fields:
         raise Malformed(431, f"More than {limits.header_fields} header fields")
     if found and found[-1][2]:
         raise Malformed(400, "A header line is not 'name: value'")
@@ -5286,7 +5299,8 @@ def _parse_fields(lines: str, head: Head, limits: Limits) -> None:
 
 
 def _parse_framing(head: Head, limits: Limits) -> None:
-    """Length of the body (RFC 9112 section 6): where two readers may disagree on it, smuggling begins, so refuse."""
+    """Length of the body (RFC 9112 section 6): where two readers may disagree on it, smuggling begins, so
+    refuse."""
     length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
     if coding is not None:
         if length is not None:
@@ -5305,8 +5319,8 @@ def _parse_framing(head: Head, limits: Limits) -> None:
 
 
 def _parse_connection(head: Head) -> None:
-    """Whether more requests may follow (RFC 9112 section 9.3), and whether the sender waits for our 100 (RFC 9110
-    section 10.1.1)."""
+    """Whether more requests may follow (RFC 9112 section 9.3), and whether the sender waits for our 100 (RFC
+    9110 section 10.1.1)."""
     head.keep_alive = head.http11
     if "connection" in head.fields:
         options = {option.strip().lower() for option in head.fields["connection"].split(",")}
@@ -5322,7 +5336,7 @@ def _parse_host(head: Head) -> None:
     if "host" not in head.fields and head.http11:
         raise Malformed(400, "The Host header is missing")
     if head.host and _HOST.fullmatch(host):
-        host = head.fields["host"] = head.host          # RFC 9112 section 3.2.2: an absolute target goes before it
+        host = head.fields["host"] = head.host  # RFC 9112 section 3.2.2: an absolute target goes before it
     match = _HOST.fullmatch(host)
     if not match or host and not match.group(1):        # RFC 9110 section 4.2.1: an http URI has a host
         raise Malformed(400, "The Host header is not valid")
@@ -5330,7 +5344,8 @@ def _parse_host(head: Head) -> None:
 
 
 class ChunkedBody:
-    """Decoder of a chunked body (RFC 9112 section 7.1): feed() bytes until `rest` is not None: it is what follows."""
+    """Decoder of a chunked body (RFC 9112 section 7.1): feed() bytes until `rest` is not None: it is what
+    follows."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -5357,7 +5372,8 @@ class ChunkedBody:
                 continue
             end = buffer.find(b"\r\n", at, at + LONGEST_CHUNK_LINE + 2)
             if end < 0:
-                if len(buffer) - at > LONGEST_CHUNK_LINE + 1 or b"\n" in buffer[at:]:      # its LF may be still to come
+                # its LF may be still to come
+                if len(buffer) - at > LONGEST_CHUNK_LINE + 1 or b"\n" in buffer[at:]:
                     raise Malformed(400, "A line of the chunked body is too long or does not end with CR LF")
                 break
             line, at = bytes(buffer[at:end]), end + 2
@@ -5409,7 +5425,8 @@ def parse_query(query: str, known: Iterable) -> dict:
 
 
 def wanted_type(accept: str, offered: Iterable) -> Optional[str]:
-    """The offered media type that an Accept header likes best (RFC 9110 section 12.5.1); None if it takes none."""
+    """The offered media type that an Accept header likes best (RFC 9110 section 12.5.1); None if it takes
+    none."""
     weights: dict = {}
     for part in (accept or "*/*").lower().split(","):
         pattern, *parameters = (piece.strip() for piece in part.split(";"))
@@ -5426,11 +5443,13 @@ def wanted_type(accept: str, offered: Iterable) -> Optional[str]:
 
 
 class Response:
-    """An answer: status, body (bytes, or an iterator of bytes that is streamed) and what the log notes of it."""
+    """An answer: status, body (bytes, or an iterator of bytes that is streamed) and what the log notes of
+    it."""
     __slots__ = ("status", "body", "content_type", "fields", "note", "event_id", "close", "level")
 
-    def __init__(self, status: int, body: Any, content_type: str = "application/json", fields: Optional[dict] = None,
-                 note: str = "ok", event_id: Optional[int] = None, close: bool = False) -> None:
+    def __init__(self, status: int, body: Any, content_type: str = "application/json",
+                 fields: Optional[dict] = None, note: str = "ok", event_id: Optional[int] = None,
+                 close: bool = False) -> None:
         self.status, self.body, self.content_type, self.fields = status, body, content_type, fields or {}
         self.note, self.event_id, self.close = note, event_id, close
         self.level = level_of(status)
@@ -5454,8 +5473,10 @@ def json_response(document: dict, status: int = 200, **parts: Any) -> Response:
 
 
 def encode(response: Response, head: Head, request_id: str, date: str, fields: dict, close: bool) -> bytes:
-    """The bytes of an answer to the request with `head`, its body included unless that is streamed or not wanted."""
-    lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}", "Server: webhook-server", f"Date: {date}"]
+    """The bytes of an answer to the request with `head`, its body included unless that is streamed or not
+    wanted."""
+    lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}", "Server: webhook-server",
+             f"Date: {date}"]
     if response.status != 204:
         lines.append(f"Content-Type: {response.content_type}")
         if not response.streamed:
@@ -5480,7 +5501,8 @@ def http_date(seconds: int) -> str:
 
 
 class RequestIds:
-    """Ids of requests: UTC with microseconds, strictly increasing, so unique and sortable within a process."""
+    """Ids of requests: UTC with microseconds, strictly increasing, so unique and sortable within a
+    process."""
 
     def __init__(self, now: Callable[[], int] = time.time_ns) -> None:
         self._now = now
@@ -5492,8 +5514,8 @@ class RequestIds:
     def next(self) -> tuple:
         """(id, time of receipt), such as 2025-01-10T14:23:15.123456 and the same with Z.
 
-        The id runs ahead of the time where the clock was set back: it has to be sortable, and the time to be true. Hot
-        path: the text of the current second is kept (0.5 against 1.1 us).
+        The id runs ahead of the time where the clock was set back: it has to be sortable, and the time to be
+        true. Hot path: the text of the current second is kept (0.5 against 1.1 us).
         """
         now = self._now() // 1000
         with self._lock:
@@ -5522,11 +5544,12 @@ LOOPBACK = re.compile(r"localhost|.*\.localhost|127\.[0-9.]+|\[?::1\]?", re.IGNO
 MEDIA_TYPES = {"application/json": "application/json", "application/x-ndjson": "application/x-ndjson",
                "application/ndjson": "application/x-ndjson", "application/jsonl": "application/x-ndjson",
                "text/csv": "text/csv; charset=utf-8"}
-# Bytes of a body that is read and checked beside others. A larger one waits for its turn in its connection's own thread:
-# a megabyte takes 50 ms to check
+# Bytes of a body that is read and checked beside others. A larger one waits for its turn in its connection's
+# own thread: a megabyte takes 50 ms to check
 ORDINARY_BODY = 8192
 PAGE_BYTES = 1024 * 1024        # size at which a page of JSON ends, whatever its limit
 PAGE_SECONDS = 2.0              # time after which it ends: `next` goes on where it looked last
+ROWS_A_STEP = 100               # events of one look into the database: more are not faster
 READ_SECONDS = 3600.0           # time that a stream may take
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
@@ -5562,10 +5585,11 @@ PARAMETERS = {
 class Request(Submission):
     """One request that has been read: by which ruling, its body, who sent it and when.
 
-    An endpoint that takes an event leaves it in `event`; it is answered by answer_to_event() once it is on disk.
-    `payload` is what the log shows of a body whose event was refused.
+    An endpoint that takes an event leaves it in `event`; it is answered by answer_to_event() once it is on
+    disk. `payload` is what the log shows of a body whose event was refused.
     """
-    __slots__ = ("ruling", "body", "id", "received_at", "started", "address", "connection", "payload", "digest")
+    __slots__ = ("ruling", "body", "id", "received_at", "started", "address", "connection", "payload",
+                 "digest")
 
     def __init__(self, ruling: Ruling, body: bytes, ids: tuple, connection: Any) -> None:
         self.ruling, self.body, self.connection = ruling, body, connection
@@ -5585,17 +5609,80 @@ class Request(Submission):
         self.connection.deliver(self, outcome)
 
 
+class Reading:
+    """One read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent:
+    nobody waits until a slow reader has taken it."""
+
+    def __init__(self, store: Store, heavy: Turns, wanted: Filter, after: int) -> None:
+        self._store, self._heavy, self._wanted, self._after = store, heavy, wanted, after
+
+    def page(self, limit: int, given: dict) -> Iterator[bytes]:
+        """A page of JSON: `limit` events, fewer where they are large or take long to find; `next` goes on by
+        the parameters `given`."""
+        ends_at, count, size, after = time.monotonic() + PAGE_SECONDS, 0, 0, self._after
+        text, following = '{"events": [', None
+        for events, looked_at in self._store.steps(self._wanted, after, None, min(limit + 1, ROWS_A_STEP)):
+            for event in events:
+                if count == limit or size >= PAGE_BYTES:
+                    following = after
+                    break
+                line = event_text(event)
+                text += f", {line}" if count else line
+                count, size, after = count + 1, size + len(line), event.id
+            if following is None and time.monotonic() > ends_at:
+                following = looked_at
+            if following is not None:
+                following = "/webhook/appointments?" + urlencode({**given, "after": following})
+                break
+            if text:
+                yield text.encode()
+            text = ""
+        yield f'{text}], "next": {json.dumps(following)}}}'.encode()
+
+    def stream(self, limit: Optional[int], lines: Callable, first: bytes = b"") -> Iterator[bytes]:
+        """`first`, and lines(events) of all events that are stored by now."""
+        ends_at, left = time.monotonic() + READ_SECONDS, limit or sys.maxsize
+        if first:
+            yield first
+        for events, _ in self._store.steps(self._wanted, self._after, self._store.last_id(), ROWS_A_STEP):
+            events = events[:left]
+            left -= len(events)
+            if events:
+                yield lines(events)
+            if not left:
+                return
+            if time.monotonic() > ends_at:
+                raise StoreUnavailable(f"it took longer than {READ_SECONDS:g} seconds; go on with after=")
+
+    def response(self, pieces: Iterator[bytes], content_type: str) -> Response:
+        """A Response of pieces: with its length where there is only one."""
+        pieces = self._in_turns(pieces)
+        first, second = next(pieces, b""), next(pieces, None)
+        if second is None:
+            return Response(200, first, content_type, note="read")
+        return Response(200, itertools.chain((first, second), pieces), content_type, note="read")
+
+    def _in_turns(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        while True:
+            with self._heavy:
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
+
+
 class Endpoints:
-    """The endpoints, and what every answer shares. An endpoint takes a Request and gives a Response, or None when it
-    has left an event in the request. `rules` may be exchanged at any time; `checks` are those of /health."""
+    """The endpoints, and what every answer shares. An endpoint takes a Request and gives a Response, or None
+    when it has left an event in the request. `rules` may be exchanged at any time; `checks` are those of
+    /health."""
 
     def __init__(self, config: Config, store: Store, log: Log, checks: dict) -> None:
         self.rules: Rules = None
         self.store, self.log, self.checks = store, log, checks
         self.ids, self._date = RequestIds(), PerSecond(http_date)
         self._identical_is_fine = config.duplicates == "ok"
-        # Held by the one thread that works on a large body or a read: each more would have everybody wait longer for the
-        # interpreter's lock (120 bodies of 1 MiB: a good sender's P99 was 550 ms, and is 100)
+        # Held by the one thread that works on a large body or a read: each more would have everybody wait
+        # longer for the interpreter's lock (120 bodies of 1 MiB: a good sender's P99 was 550 ms, and is 100)
         self.heavy = Turns()
         self._stored = self._stored_template()
 
@@ -5606,7 +5693,7 @@ class Endpoints:
         if len(request.body) <= ORDINARY_BODY:
             self._read_event(request)
             return
-        with self.heavy:                                # with the digest, so that the writer need not look into it
+        with self.heavy:  # with the digest, so that the writer need not look into it
             self._read_event(request)
             request.digest = content_digest(request.event.payload)
 
@@ -5614,11 +5701,12 @@ class Endpoints:
         rules = self.rules
         try:
             value, text = parse_json(request.body)
-            request.body = b""                          # its text is in the event: a megabyte need not be kept twice
+            request.body = b""  # its text is in the event: a megabyte need not be kept twice
             request.event = rules.contract.event(value, text, request.received_at, request.address)
         except JSONError as error:
             request.payload = rules.redactor.unreadable(request.body)
-            raise Refusal(400, str(error), errors=[{"path": "", "rule": "json", "message": str(error)}]) from None
+            problem = Problem("", "json", str(error))
+            raise Refusal(400, problem.message, errors=[problem._asdict()]) from None
         except InvalidEvent as error:
             request.payload = rules.redactor.invalid(value, error.problems)
             raise Refusal(400, str(error), note=error.for_log,
@@ -5663,16 +5751,17 @@ class Endpoints:
             raise Refusal(406, f"Events come as {', '.join(MEDIA_TYPES)}")
         values = self._values(given)
         wanted = Filter(*map(values.get, Filter._fields))
-        after, limit = values.get("after", 0), values.get("limit")
+        reading = Reading(self.store, self.heavy, wanted, values.get("after", 0))
+        limit = values.get("limit")
         if media_type == "application/json":
             if limit is not None and limit > MAX_LIMIT:
                 raise Refusal(400, f"Filter limit must be a whole number from 1 to {MAX_LIMIT}")
-            pieces = self._page(wanted, after, limit or DEFAULT_LIMIT, given)
+            pieces = reading.page(limit or DEFAULT_LIMIT, given)
         elif media_type == "text/csv":
-            pieces = self._stream(wanted, after, limit, csv_lines, csv_lines([("id",) + COLUMNS]))
+            pieces = reading.stream(limit, csv_lines, csv_lines([("id",) + COLUMNS]))
         else:
-            pieces = self._stream(wanted, after, limit, event_lines, b"")
-        return self._as_it_comes(self._in_turns(pieces), MEDIA_TYPES[media_type])
+            pieces = reading.stream(limit, event_lines)
+        return reading.response(pieces, MEDIA_TYPES[media_type])
 
     def _values(self, given: dict) -> dict:
         values = {}
@@ -5685,60 +5774,6 @@ class Endpoints:
         if types and values.get("event_type", types[0]) not in types:
             raise Refusal(400, f"Filter event_type must be one of: {', '.join(map(str, types))}")
         return values
-
-    def _page(self, wanted: Filter, after: int, limit: int, given: dict) -> Iterator[bytes]:
-        """A page of JSON in pieces: `limit` events, or fewer where they are large or take long to find."""
-        ends_at, count, size, following = time.monotonic() + PAGE_SECONDS, 0, 0, None
-        text = '{"events": ['
-        for events, looked_at in self.store.steps(wanted, after):
-            for event in events:
-                if count == limit or size >= PAGE_BYTES:
-                    following = after
-                    break
-                line = event_text(event)
-                text += f", {line}" if count else line
-                count, size, after = count + 1, size + len(line), event.id
-            if following is None and time.monotonic() > ends_at:
-                following = looked_at
-            if following is not None:
-                following = "/webhook/appointments?" + urlencode({**given, "after": following})
-                break
-            if text:
-                yield text.encode()
-            text = ""
-        yield f'{text}], "next": {json.dumps(following)}}}'.encode()
-
-    def _stream(self, wanted: Filter, after: int, limit: Optional[int], lines: Callable, first: bytes) -> Iterator[bytes]:
-        """All events that are stored by now, in pieces."""
-        ends_at, left = time.monotonic() + READ_SECONDS, limit or sys.maxsize
-        if first:
-            yield first
-        for events, _ in self.store.steps(wanted, after, self.store.last_id()):
-            events = events[:left]
-            left -= len(events)
-            if events:
-                yield lines(events)
-            if not left:
-                return
-            if time.monotonic() > ends_at:
-                raise StoreUnavailable(f"it took longer than {READ_SECONDS:g} seconds; go on with after=")
-
-    def _in_turns(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The pieces, each made while no other is; nobody's turn lasts until a reader has taken its piece."""
-        while True:
-            with self.heavy:
-                piece = next(pieces, None)
-            if piece is None:
-                return
-            yield piece
-
-    @staticmethod
-    def _as_it_comes(pieces: Iterator[bytes], content_type: str) -> Response:
-        """A Response of pieces: with its length where there is only one."""
-        first, second = next(pieces, b""), next(pieces, None)
-        if second is None:
-            return Response(200, first, content_type, note="read")
-        return Response(200, itertools.chain((first, second), pieces), content_type, note="read")
 
     # -- the rest
 
@@ -5771,11 +5806,14 @@ class Endpoints:
     def options(self, request: Request) -> Response:
         """OPTIONS: what a path takes; the answer to a preflight of an allowed origin."""
         ruling = request.ruling
-        allow = allowed_methods(ROUTES if ruling.head.target == "*" else [route for route, _ in routes_at(ruling.head.path)])
+        routes = ROUTES
+        if ruling.head.target != "*":
+            routes = [route for route, _ in routes_at(ruling.head.path)]
+        allow = allowed_methods(routes)
         fields = {"Allow": allow}
         if ruling.answer_fields:
-            fields.update({"Access-Control-Allow-Methods": allow, "Access-Control-Allow-Headers": "Content-Type",
-                           "Access-Control-Max-Age": "600"})
+            fields.update({"Access-Control-Allow-Methods": allow, "Access-Control-Max-Age": "600",
+                           "Access-Control-Allow-Headers": "Content-Type"})
         return Response(204, b"", fields=fields)
 
     # -- what every answer shares
@@ -5790,13 +5828,15 @@ class Endpoints:
         return encode(response, ruling.head, request.id, self.date(), ruling.answer_fields, close)
 
     def stored(self, request: Request, event_id: int) -> bytes:
-        """The bytes of the answer to an ordinary event that is stored. Hot path: a template (1 against 9 us)."""
+        """The bytes of the answer to an ordinary event that is stored. Hot path: a template (1 against 9
+        us)."""
         number = str(event_id)
         text, length = self._stored
         return (text % (self.date(), length + len(number), request.id, request.id, number)).encode()
 
     def _stored_template(self) -> tuple:
-        """(answer to a stored event with holes for date, length, request id twice and event id; length without the id)."""
+        """(answer to a stored event with holes for date, length, request id twice and event id; length
+        without the id)."""
         response = stored_response("@id" + " " * 23, "@number")         # an id has 26 characters
         text = encode(response, Head(), "@id", "@date", {}, False).decode().replace("%", "%%")
         length = len(response.body)
@@ -5807,31 +5847,36 @@ class Endpoints:
 
     def refused(self, request: Request, refusal: Refusal) -> Response:
         """The answer to a Refusal."""
-        response = json_response({"error": REASONS[refusal.status], "message": refusal.message, "request_id": request.id,
-                                  **refusal.members}, refusal.status, fields=refusal.fields, note=refusal.note,
+        document = {"error": REASONS[refusal.status], "message": refusal.message, "request_id": request.id,
+                    **refusal.members}
+        response = json_response(document, refusal.status, fields=refusal.fields, note=refusal.note,
                                  event_id=refusal.members.get("event_id"), close=refusal.close)
         if isinstance(refusal, Busy):
             response.level = "WARNING"
         return response
 
     def failed(self, request: Request, error: Exception) -> Response:
-        """The answer to an exception: a Refusal as it says, 503 when the store cannot work now, else a bug and a 500."""
+        """The answer to an exception: a Refusal as it says, 503 when the store cannot work now, else a bug
+        and a 500."""
         if isinstance(error, Refusal):
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
-            return self.refused(request, Refusal(503, f"Nothing can be stored or read now: {error}; try again",
-                                                 fields=RETRY_AFTER))
+            message = f"Nothing can be stored or read now: {error}; try again"
+            return self.refused(request, Refusal(503, message, fields=RETRY_AFTER))
         self.log.exception("Unexpected error", request.id)
-        return self.refused(request, Refusal(500, "Unexpected error; see the log entry with this request id", close=True))
+        message = "Unexpected error; see the log entry with this request id"
+        return self.refused(request, Refusal(500, message, close=True))
 
     def note(self, request: Request, status: int, level: str, note: str, event_id: Optional[int]) -> None:
-        """The one place where a request ends: log it. Hot path: a plain tuple, 0.5 us less than a RequestRecord."""
+        """The one place where a request ends: log it. Hot path: a plain tuple, 0.5 us less than a
+        RequestRecord."""
         ruling, event = request.ruling, request.event
         payload = request.payload
         if event is not None:
             payload = self.rules.redactor.event(event)
-        self.log.request((level, time.time(), request.id, ruling.method, ruling.pattern, status, note, event_id,
-                          time.monotonic() - request.started, request.address, payload))
+        seconds = time.monotonic() - request.started
+        self.log.request((level, time.time(), request.id, ruling.method, ruling.pattern, status, note,
+                          event_id, seconds, request.address, payload))
 
 
 NEEDED = ("database", "disk", "service")        # the checks of /health/ready
@@ -5839,8 +5884,9 @@ NEEDED = ("database", "disk", "service")        # the checks of /health/ready
 
 def stored_response(request_id: str, event_id: Any) -> Response:
     """The answer to an event that is stored."""
-    return json_response({"status": "success", "message": "Event received and stored", "request_id": request_id,
-                          "event_id": event_id}, note="stored", event_id=event_id)
+    document = {"status": "success", "message": "Event received and stored", "request_id": request_id,
+                "event_id": event_id}
+    return json_response(document, note="stored", event_id=event_id)
 
 
 def event_text(event: AppointmentEvent) -> str:
@@ -5870,7 +5916,8 @@ def event_lines(events: list) -> bytes:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): such text gets an apostrophe in front."""
+    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): such text gets an apostrophe in
+    front."""
     if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n＝＋－＠")):
         return "'" + value
     return value
@@ -5888,8 +5935,8 @@ def csv_lines(rows: Iterable) -> bytes:
 
 
 class Route(NamedTuple):
-    """A row of the table of routes; {event_id} in a path stands for a number, given to the endpoint. `reads`: it reads
-    events, of which only few are under way at once."""
+    """A row of the table of routes; {event_id} in a path stands for a number, given to the endpoint. `reads`:
+    it reads events, of which only few are under way at once."""
     method: str
     path: str
     endpoint: str
@@ -5961,11 +6008,12 @@ def allowed_methods(routes: Iterable) -> str:
 class Ruling:
     """What we do with every request that has one head: its route and endpoint, or its refusal.
 
-    A ruling follows from the bytes of the head and the Rules alone, since equal bytes from elsewhere get the same one.
-    `ordinary`: a small event on a connection that stays open, which the poller may take. `method` and `pattern` are
-    what the log says of the request: never what was sent.
+    A ruling follows from the bytes of the head and the Rules alone, since equal bytes from elsewhere get the
+    same one. `ordinary`: a small event on a connection that stays open, which the poller may take. `method`
+    and `pattern` are what the log says of the request: never what was sent.
     """
-    __slots__ = ("head", "route", "endpoint", "arguments", "refusal", "answer_fields", "ordinary", "method", "pattern")
+    __slots__ = ("head", "route", "endpoint", "arguments", "refusal", "answer_fields", "ordinary", "method",
+                 "pattern")
 
     def __init__(self, head: Head) -> None:
         self.head, self.route, self.arguments, self.answer_fields = head, UNMATCHED, (), {}
@@ -5976,14 +6024,15 @@ class Ruling:
 
 
 class Rules:
-    """All that an operator may change while we run: the contract, who may reach us under which name. Made as a whole,
-    and exchanged as a whole."""
+    """All that an operator may change while we run: the contract, who may reach us under which name. Made as
+    a whole, and exchanged as a whole."""
 
     def __init__(self, config: Config, contract: Contract, schema_text: bytes, redactor: Redactor,
                  endpoints: Endpoints, loopback: bool) -> None:
         """`loopback`: only this machine can reach us."""
         self.contract, self.schema_text, self.redactor = contract, schema_text, redactor
-        self.limits = Limits(config.max_request_line, config.max_header_bytes, config.max_header_fields, config.max_body)
+        self.limits = Limits(config.max_request_line, config.max_header_bytes, config.max_header_fields,
+                             config.max_body)
         self._config, self._endpoints, self._loopback = config, endpoints, loopback
         self._kept: dict = {}
         self._met: set = set()          # hashes of heads that came once
@@ -5992,8 +6041,9 @@ class Rules:
     def ruling(self, data: bytes) -> Ruling:
         """The Ruling of a complete head. Never raises.
 
-        Hot path: a sender writes the same head again and again, so equal bytes are judged once (0.1 against 11 us). One
-        that came only once is not kept: signed heads never come again, and would drive out those that do.
+        Hot path: a sender writes the same head again and again, so equal bytes are judged once (0.1 against
+        11 us). One that came only once is not kept: signed heads never come again, and would drive out those
+        that do.
         """
         ruling = self._kept.get(data)
         if ruling is None:
@@ -6045,10 +6095,12 @@ class Rules:
         if head.get("content-encoding", "identity").lower() != "identity":
             raise Refusal(415, "The body must not be compressed", fields={"Accept-Encoding": "identity"})
         ruling.ordinary = (ruling.route.endpoint == "receive_event" and head.length is not None and
-                           head.length <= ORDINARY_BODY and head.keep_alive and head.http11 and not ruling.answer_fields)
+                           head.length <= ORDINARY_BODY and head.keep_alive and head.http11 and
+                           not ruling.answer_fields)
 
     def _check_site(self, ruling: Ruling) -> None:
-        """Refuse pages of other sites (Origin, Fetch Metadata), and names that an attacker points at this machine."""
+        """Refuse pages of other sites (Origin, Fetch Metadata), and names that an attacker points at this
+        machine."""
         head, host = ruling.head, ruling.head.host
         if host and not self._is_ours(host):
             raise Refusal(403, "The Host {} is not served here; --allowed-host adds one", host)
@@ -6059,8 +6111,8 @@ class Rules:
             return
         # An opaque origin, "null", belongs to no site, so also not to a request without Host
         if origin and origin.partition("://")[1:] != ("://", head.get("host").lower()):
-            raise Refusal(403, "Requests from pages of other sites, here {}, are refused; --allowed-origin adds a site",
-                          origin)
+            raise Refusal(403, "Requests from pages of other sites, here {}, are refused; --allowed-origin "
+                               "adds a site", origin)
         if head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
             raise Refusal(403, "Requests from pages of other sites are refused; --allowed-origin adds a site")
 
@@ -6085,7 +6137,7 @@ NO_RULING = Ruling(Head())      # of a request whose head could not be read
 
 
 # =============================================================================
-# Connections: sockets and threads: the poller that leads, connection threads, limits. Knows no route and no SQL.
+# Connections: sockets and threads: the poller that leads, connection threads, limits. Knows no route, no SQL.
 # =============================================================================
 
 # What each thread may do to the socket of a connection:
@@ -6101,30 +6153,36 @@ NO_RULING = Ruling(Head())      # of a request whose head could not be read
 #
 # A connection is in one phase at a time, and a phase has its time limit:
 #
-#     CONNECTED  no byte has come               header_timeout    IDLE    parked, between requests     idle_timeout
-#     HEAD       half a head has come           header_timeout    SEND    the peer takes an answer     body_timeout
-#     BODY       half a body has come           body_timeout      LINGER  refused, may finish sending  LINGER_SECONDS
+#     CONNECTED  no byte has come               header_timeout
+#     IDLE       parked, between requests       idle_timeout
+#     HEAD       half a head has come           header_timeout
+#     BODY       half a body has come           body_timeout
 #     WORK       checking, storing, reading     none: that is our own affair
+#     SEND       the peer takes an answer       body_timeout
+#     LINGER     refused, may finish sending    LINGER_SECONDS
 #
 # What must hold, whoever does what:
 #
-# 1. One thread at a time reads a connection: its own, or while that is parked the poller. Handing over is one release of
-#    a lock; there is no moment at which both may read.
-# 2. Answers leave in the order of their requests. A submitted event is answered by whoever commits it; its outbox counts
-#    how many are owed. The own thread sends only when none is (Outbox.settle), and the poller commits or refuses only
-#    events of connections that owe nothing else: all others queue behind what is owed.
-# 3. Only the own thread closes a socket, when nothing is owed any more, as the number of a closed one is given away anew.
+# 1. One thread at a time reads a connection: its own, or while that is parked the poller. Handing over is one
+#    release of a lock; there is no moment at which both may read.
+# 2. Answers leave in the order of their requests. A submitted event is answered by whoever commits it; its
+#    outbox counts how many are owed. The own thread sends only when none is (Outbox.settle), and the poller
+#    commits or refuses only events of connections that owe nothing else: all others queue behind those.
+# 3. Only the own thread closes a socket, when nothing is owed any more, as the number of a closed one is
+#    given away anew.
 
-# Windows has no non-blocking send on a blocking socket: there each connection's thread waits for its own answers
+# Windows has no non-blocking send on a blocking socket: there each connection's thread waits for its own
+# answers
 SENDS_AT_ONCE = hasattr(socket, "MSG_DONTWAIT")
 SEND_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 PIECE = 65536           # bytes of one recv, and of one piece of an answer: what a socket takes at once
-LOOK = 256              # connections that the poller reads before it commits: the first of them waits for the last
+LOOK = 256  # connections that the poller reads before it commits: the first of them waits for the last
 MAX_PIPELINED = 32      # answers of one connection that may be outstanding before it is read on
 READS = 32              # reads of events under way at once; half of them from one address
-LARGE_BYTES = 32 * 1024 * 1024          # bytes of large bodies in memory at once; half of them from one address
+LARGE_BYTES = 32 * 1024 * 1024  # bytes of large bodies in memory at once; half of them from one address
 DRAIN_GRACE = 0.01      # seconds that a new connection has for its first bytes while the service stops
-LINGER_SECONDS = 2.0    # how long a refused sender may go on sending before we close, so that it can read our answer
+# how long a refused sender may go on sending before we close, so that it can read our answer
+LINGER_SECONDS = 2.0
 LINGER_BYTES = 16 * 1024 * 1024
 REAP_SECONDS = 0.25     # between looks at the connections' times
 REFUSED_KEPT = 128      # refused connections that may read their 503 at leisure
@@ -6134,7 +6192,8 @@ TELL_WAITING = 1.0      # seconds after which a stop says for whom it waits
 class Phase:
     """What a connection waits for; most have a time limit, watched by the clock."""
     CONNECTED, IDLE, HEAD, BODY, WORK, SEND, LINGER = range(7)
-    DOING = ("connected", "idle", "sending a head", "sending a body", "being served", "taking an answer", "refused")
+    DOING = ("connected", "idle", "sending a head", "sending a body", "being served", "taking an answer",
+             "refused")
 
 
 class Budget:
@@ -6166,15 +6225,18 @@ class Budget:
 
 
 class Outbox:
-    """What one connection owes its sender, in order. `owed` answers are still to be made by who commits their events.
+    """What one connection owes its sender, in order. `owed` answers are still to be made by who commits their
+    events.
 
-    The reading thread counts up `promised`, and who commits counts up `sent`: each is written by one thread at a time.
+    The reading thread counts up `promised`, and who commits counts up `sent`: each is written by one thread
+    at a time.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.promised = self.sent = 0
-        self._settled: Optional[threading.Lock] = None  # held until nothing is owed, for a thread that waits for that
+        # held until nothing is owed, for a thread that waits for that
+        self._settled: Optional[threading.Lock] = None
         self._late: Optional[bytearray] = None          # what did not fit into the socket's buffer
         self._late_lock = threading.Lock()
         self._late_thread: Optional[threading.Thread] = None
@@ -6190,7 +6252,8 @@ class Outbox:
         return 0.0 < self._late_since < now - seconds
 
     def send(self, data: bytes) -> None:
-        """Called by who commits: send a promised answer without blocking; a thread of its own sends what does not fit."""
+        """Called by who commits: send a promised answer without blocking; a thread of its own sends what does
+        not fit."""
         if self._late is None:
             try:
                 sent = self._connection.socket.send(data, SEND_AT_ONCE)
@@ -6208,12 +6271,13 @@ class Outbox:
             settled.release()
 
     def settle(self) -> None:
-        """Wait until all that is owed was sent. Called by the thread that reads, so nothing more is promised meanwhile."""
+        """Wait until all that is owed was sent. Called by the thread that reads, so nothing more is promised
+        meanwhile."""
         if self.sent != self.promised:
             settled = threading.Lock()
             settled.acquire()
             self._settled = settled
-            if self.sent != self.promised:              # looked at after it is set: send() sees it, or we see its count
+            if self.sent != self.promised:  # looked at after it is set: send() sees it, or we see its count
                 settled.acquire()
             self._settled = None
         late = self._late_thread
@@ -6227,7 +6291,7 @@ class Outbox:
                 thread = threading.Thread(target=self._send_late, name="webhook-late", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:                    # the system gives no more threads: no answer, rather than half
+                except RuntimeError:  # the system gives no more threads: no answer, rather than half
                     self._connection.shut_down(reading_only=False)
                     return
                 self._late, self._late_thread = bytearray(), thread
@@ -6250,12 +6314,14 @@ class Outbox:
 
 
 class Poller:
-    """Reads ordinary events of all idle connections, and commits and answers what one look at them has brought.
+    """Reads ordinary events of all idle connections, and commits and answers what one look at them has
+    brought.
 
-    Hot path: a thread for each connection has to be woken by the system and then to wait for the interpreter's lock, for
-    every request; a thread that only commits has to be woken and waited for, too. This one finds many requests ready at
-    each look, and nobody else runs. What is not exactly one whole small event wakes the connection's own thread, which
-    may wait for the rest of it; what would keep us waiting, a locked database, the store hands to its own thread.
+    Hot path: a thread for each connection has to be woken by the system and then to wait for the
+    interpreter's lock, for every request; a thread that only commits has to be woken and waited for, too.
+    This one finds many requests ready at each look, and nobody else runs. What is not exactly one whole small
+    event wakes the connection's own thread, which may wait for the rest of it; what would keep us waiting, a
+    locked database, the store hands to its own thread.
     """
 
     def __init__(self, server: Server) -> None:
@@ -6268,7 +6334,8 @@ class Poller:
         self._thread.start()
 
     def watch(self, connection: Connection) -> None:
-        """Read for `connection` until something comes that is for its own thread: then call its inbox's hand_over()."""
+        """Read for `connection` until something comes that is for its own thread: then call its inbox's
+        hand_over()."""
         descriptor = connection.socket.fileno()
         self._connections[descriptor] = connection
         self._epoll.register(descriptor, select.EPOLLIN)
@@ -6304,13 +6371,16 @@ class Poller:
                 lead(group)
 
     def _take(self, connection: Connection, data: bytes, group: list) -> bool:
-        """Put the one ordinary event in `data` into the group, or refuse it; False when there is anything else in it."""
+        """Put the one ordinary event in `data` into the group, or refuse it; False when there is anything
+        else in it."""
         endpoints, outbox = self._endpoints, connection.outbox
         end = data.find(b"\r\n\r\n") + 4
         if not 3 < end <= HEAD_KEPT_BYTES:
             return False
         ruling = endpoints.rules.ruling(data[:end])
-        if not ruling.ordinary or len(data) - end != ruling.head.length or self._server.draining or outbox.is_full:
+        if not ruling.ordinary or len(data) - end != ruling.head.length:
+            return False
+        if self._server.draining or outbox.is_full:
             return False
         owes = outbox.promised != outbox.sent
         request = Request(ruling, data[end:], endpoints.ids.next(), connection)
@@ -6338,7 +6408,7 @@ class Inbox:
         self._connection, self._socket = connection, connection.socket
         self._server, self._endpoints = connection.server, connection.server.endpoints
         self._buffer = b""                              # what came behind the last request
-        self.pipelined = False                          # whether requests came before their predecessors were answered
+        self.pipelined = False  # whether requests came before their predecessors were answered
         # While the poller reads for us
         self._parked = threading.Lock()
         self._parked.acquire()
@@ -6351,7 +6421,8 @@ class Inbox:
         connection = self._connection
         if connection.phase != Phase.CONNECTED:
             connection.enter(Phase.IDLE)
-        # Looked at after the phase is set, as stop() sets `draining` before it looks at phases: one of us sees the other
+        # Looked at after the phase is set, as stop() sets `draining` before it looks at phases: one of us
+        # sees the other
         if connection.timed_out:
             return b""
         if self._server.draining:                       # what has come already is still answered
@@ -6363,15 +6434,16 @@ class Inbox:
         return self.recv()
 
     def hand_over(self, data: bytes) -> None:
-        """Called by the poller: have wait() go on with `data` in the connection's thread; b"" when the peer has ended."""
+        """Called by the poller: have wait() go on with `data` in the connection's thread; b"" when the peer
+        has ended."""
         self._handed = data
         self._parked.release()
 
     def read(self, request: Request, buffer: bytes) -> None:
         """Read the request that begins with `buffer`, and keep what follows it. Raises Refusal.
 
-        Hot path: head and body are found by position in what one recv gave, and the head is looked up among those seen
-        before (against readline and email.parser: +43 %). What came in pieces goes the slow way.
+        Hot path: head and body are found by position in what one recv gave, and the head is looked up among
+        those seen before (against readline and email.parser: +43 %). What came in pieces goes the slow way.
         """
         end = buffer.find(b"\r\n\r\n") + 4
         if end == 3 or buffer[0] == 13:
@@ -6398,7 +6470,8 @@ class Inbox:
             return b""
 
     def recv_in_turn(self) -> bytes:
-        """As _recv, for what may be much: a hundred threads that each get a piece now would all want the interpreter."""
+        """As _recv, for what may be much: a hundred threads that each get a piece now would all want the
+        interpreter."""
         if not SENDS_AT_ONCE:
             return self.recv()
         poll = select.poll()
@@ -6411,7 +6484,7 @@ class Inbox:
     def recv_waiting(self, seconds: float) -> bytes:
         """What has come already or comes within `seconds`, b"" when that is nothing."""
         with contextlib.suppress(OSError):
-            if SENDS_AT_ONCE:                           # a timeout would also be one for who sends our answers
+            if SENDS_AT_ONCE:  # a timeout would also be one for who sends our answers
                 poll = select.poll()
                 poll.register(self._socket, select.POLLIN)
                 poll.poll(seconds * 1000)
@@ -6470,7 +6543,8 @@ class Inbox:
         if not piece:
             raise self._ended("body", self._server.config.body_timeout)
         if have + len(piece) > ORDINARY_BODY:
-            self._connection.hold(self._server.large, len(piece), "Too many large bodies are being received; try again", close=True)
+            self._connection.hold(self._server.large, len(piece),
+                                  "Too many large bodies are being received; try again", close=True)
         return piece
 
     def _ended(self, part: str, limit: float) -> Refusal:
@@ -6484,7 +6558,8 @@ class Inbox:
 class Connection(BaseHTTPRequestHandler):
     """One connection, in a thread of its own: reads requests strictly, has them answered, sends.
 
-    Between requests the thread is parked and the poller reads; it wakes this thread for all but ordinary events.
+    Between requests the thread is parked and the poller reads; it wakes this thread for all but ordinary
+    events.
     """
 
     def setup(self) -> None:
@@ -6496,14 +6571,15 @@ class Connection(BaseHTTPRequestHandler):
         self.endpoints: Endpoints = self.server.endpoints
         self.inbox, self.outbox = Inbox(self), Outbox(self)
         self.close_connection = False
-        self.timed_out = self.was_cut = False           # set by the clock, or by stop(), which then end our recv
+        self.timed_out = self.was_cut = False  # set by the clock, or by stop(), which then end our recv
         # For the request that is being read
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
         self._held: list = []                           # (budget, amount) that it uses
         self.server.opened(self)
 
     def finish(self) -> None:
-        """Called once after handle(). Nobody may still want to send when the socket is closed: its number is reused."""
+        """Called once after handle(). Nobody may still want to send when the socket is closed: its number is
+        reused."""
         try:
             self.outbox.settle()
         finally:
@@ -6557,7 +6633,8 @@ class Connection(BaseHTTPRequestHandler):
             self.outbox.promised += 1
             self.endpoints.store.submit(request)
             return None
-        return self.endpoints.answer_to_event(request, self.endpoints.store.add(request.event, request.digest))
+        outcome = self.endpoints.store.add(request.event, request.digest)
+        return self.endpoints.answer_to_event(request, outcome)
 
     def hold(self, budget: Budget, amount: int, message: str, close: bool = False) -> None:
         """Use so much of a budget until the request is answered. Raises Busy."""
@@ -6568,7 +6645,8 @@ class Connection(BaseHTTPRequestHandler):
     # -- answering
 
     def deliver(self, request: Request, outcome: Outcome) -> None:
-        """Called by who has committed an event: send and log its answer. Never blocks on a socket, never raises.
+        """Called by who has committed an event: send and log its answer. Never blocks on a socket, never
+        raises.
 
         Hot path: waking 64 threads, each to send its own answer, would halve the rate; the disk would not.
         """
@@ -6600,7 +6678,7 @@ class Connection(BaseHTTPRequestHandler):
         self.endpoints.note(request, response.status, response.level, note, response.event_id)
         if close:
             self.close_connection = True
-            if response.close or self.inbox.pipelined or self.inbox.recv_waiting(0):          # more may be on its way
+            if response.close or self.inbox.pipelined or self.inbox.recv_waiting(0):  # more may be on its way
                 self._linger()
 
     def _stream(self, request: Request, response: Response) -> str:
@@ -6618,7 +6696,7 @@ class Connection(BaseHTTPRequestHandler):
                         return "cut by the stop" if self.was_cut else "receiver left"
             if head.http11:
                 self.send(b"0\r\n\r\n")
-        except Exception as error:                      # the status is sent: a missing end tells that it went wrong
+        except Exception as error:  # the status is sent: a missing end tells that it went wrong
             self.endpoints.failed(request, error)
             self.close_connection = True
             return f"broken off: {error}" if isinstance(error, StoreUnavailable) else "broken off"
@@ -6637,7 +6715,8 @@ class Connection(BaseHTTPRequestHandler):
         return True
 
     def _linger(self) -> None:
-        """Let the peer finish sending (RFC 9112 section 9.6): closing on unread bytes would destroy our answer."""
+        """Let the peer finish sending (RFC 9112 section 9.6): closing on unread bytes would destroy our
+        answer."""
         self.enter(Phase.LINGER)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
@@ -6651,7 +6730,8 @@ class Connection(BaseHTTPRequestHandler):
     # -- ending, called on other threads
 
     def expire(self, now: float, limits: dict) -> None:
-        """Called by the clock: end what has waited longer than limits[phase]. Its own thread then answers or closes."""
+        """Called by the clock: end what has waited longer than limits[phase]. Its own thread then answers or
+        closes."""
         phase, deaf = self.phase, self.outbox.is_stuck(now, limits[Phase.SEND])
         if (deaf or phase in limits and now - self.since > limits[phase]) and not self.timed_out:
             self.timed_out = True
@@ -6670,7 +6750,7 @@ class Connection(BaseHTTPRequestHandler):
     def shut_down(self, reading_only: bool) -> None:
         """End what the peer sends, and unless `reading_only` what we send."""
         half = socket.SHUT_RDWR
-        if reading_only and os.name == "posix":         # Windows does not wake a recv when only reading is shut down
+        if reading_only and os.name == "posix":  # Windows does not wake a recv when only reading is shut down
             half = socket.SHUT_RD
         with contextlib.suppress(OSError):
             self.socket.shutdown(half)
@@ -6683,7 +6763,7 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 1024
     allow_reuse_address = os.name == "posix"            # on Windows it would let two servers share a port
-    STACK = 1024 * 1024                                 # bytes: 512 connections must not want 4 GiB; musl's 128 KiB is short
+    STACK = 1024 * 1024  # bytes: 512 connections must not want 4 GiB; musl's 128 KiB is short
     STACK_LOCK = threading.Lock()
 
     def __init__(self, config: Config, endpoints: Endpoints) -> None:
@@ -6731,7 +6811,8 @@ class Server(ThreadingHTTPServer):
         except (OSError, UnicodeError) as error:
             for listener in listeners:
                 listener.close()
-            raise SetupError(f"cannot listen on {config.host} port {config.port}: {_why_not_listening(error)}") from None
+            reason = _why_not_listening(error)
+            raise SetupError(f"cannot listen on {config.host} port {config.port}: {reason}") from None
         return listeners
 
     def _listener(self, family: int, address: tuple) -> socket.socket:
@@ -6768,7 +6849,7 @@ class Server(ThreadingHTTPServer):
                 for key, _ in selector.select():
                     if key.fileobj is not self._wake_receiver:
                         self._accept_one(key.fileobj)
-        for listener in self.listeners:                 # closing the listener would reset what the system has accepted
+        for listener in self.listeners:  # closing the listener would reset what the system has accepted
             while self._accept_one(listener):
                 pass
             listener.close()
@@ -6778,7 +6859,8 @@ class Server(ThreadingHTTPServer):
             connection, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._tell_full(f"cannot accept connections: {error.strerror}; raise the limit of open files (ulimit -n)")
+                self._tell_full(f"cannot accept connections: {error.strerror}; raise the limit of open files "
+                                "(ulimit -n)")
                 time.sleep(0.05)                        # the connection stays in the queue; do not spin on it
             return False
         connection.setblocking(True)
@@ -6810,8 +6892,9 @@ class Server(ThreadingHTTPServer):
         self._refuse(request, address, reason)
 
     def _start_thread(self, request: socket.socket, client_address: tuple) -> None:
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
-        with self.STACK_LOCK:                           # the size is the whole process's: for all services in it
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address),
+                                  daemon=True)
+        with self.STACK_LOCK:  # the size is the whole process's: for all services in it
             before = threading.stack_size(self.STACK)
             try:
                 thread.start()
@@ -6820,7 +6903,8 @@ class Server(ThreadingHTTPServer):
 
     def _refuse(self, connection: socket.socket, address: str, reason: str) -> None:
         endpoints, head, request_id = self.endpoints, NO_RULING.head, self.endpoints.ids.next()[0]
-        response = json_response({"error": REASONS[503], "message": reason, "request_id": request_id}, 503, fields=RETRY_AFTER)
+        document = {"error": REASONS[503], "message": reason, "request_id": request_id}
+        response = json_response(document, 503, fields=RETRY_AFTER)
         with contextlib.suppress(OSError):
             connection.setblocking(False)
             connection.send(encode(response, head, request_id, endpoints.date(), {}, True))
@@ -6876,15 +6960,16 @@ class Server(ThreadingHTTPServer):
         """Called every REAP_SECONDS: end what has taken too long."""
         config, now = self.config, time.monotonic()
         limits = {Phase.CONNECTED: config.header_timeout, Phase.IDLE: config.idle_timeout,
-                  Phase.HEAD: config.header_timeout, Phase.BODY: config.body_timeout, Phase.SEND: config.body_timeout,
-                  Phase.LINGER: LINGER_SECONDS}
+                  Phase.HEAD: config.header_timeout, Phase.BODY: config.body_timeout,
+                  Phase.SEND: config.body_timeout, Phase.LINGER: LINGER_SECONDS}
         for connection in self.open_connections:
             connection.expire(now, limits)
         while self._refused and self._refused[0][0] < now:
             self._refused.popleft()[1].close()
 
     def stop(self, seconds: float, on_wait: Callable[[str], None] = lambda text: None) -> int:
-        """Accept no more, answer what has come, end idle connections; after `seconds` cut all. Returns how many were cut.
+        """Accept no more, answer what has come, end idle connections; after `seconds` cut all. Returns how
+        many were cut.
 
         `on_wait(text)` is told for whom a stop waits, when it does not end within a second.
         """
@@ -6914,8 +6999,7 @@ class Server(ThreadingHTTPServer):
 
     def _waiting_for(self) -> str:
         waiting = [f"{one.address} ({Phase.DOING[one.phase]})" for one in self.open_connections]
-        more = f" and {len(waiting) - 5} more" if len(waiting) > 5 else ""
-        return f"{len(waiting)} connections: {', '.join(waiting[:5])}{more}"
+        return f"{len(waiting)} connections: {', '.join(waiting[:5])}{', ...' * (len(waiting) > 5)}"
 
     def server_close(self) -> None:
         """Close the listeners."""
@@ -7098,8 +7182,8 @@ def _refuse_callback(on_event: Any) -> None:
 def read_schema(path: str) -> tuple:
     """(Contract, text of the schema as bytes, warnings) of the file, or of schema.json beside the program.
 
-    Raises SetupError that names file, place and reason. Where no `path` is named and no schema.json is there, the
-    built-in schema stands in, with a warning.
+    Raises SetupError that names file, place and reason. Where no `path` is named and no schema.json is there,
+    the built-in schema stands in, with a warning.
     """
     file = Path(path) if path else DEFAULT_SCHEMA_FILE
     where = f"schema {path or DEFAULT_SCHEMA_FILE}"
@@ -7107,7 +7191,8 @@ def read_schema(path: str) -> tuple:
     try:
         data = file.read_bytes()
     except OSError as error:
-        # One that is there and cannot be read is a contract that was meant: taking another would be a surprise
+        # One that is there and cannot be read is a contract that was meant: taking another would be a
+        # surprise
         if path or not isinstance(error, FileNotFoundError):
             raise SetupError(f"schema {file}: {error.strerror}") from None
         warnings.append(f"{where} is missing: the built-in schema is used")
@@ -7185,8 +7270,10 @@ class WebhookServer:
         if on_event is not None:
             self._callbacks = Callbacks(on_event, self.log)
             on_stored = self._callbacks.put
-        self.store = Store(SQLite(config.database), config.busy_timeout, on_stored, self._tell_trouble, self._tell_bug)
-        self._make_rules = functools.partial(Rules, config, contract, schema_text, Redactor(config.log_payloads))
+        self.store = Store(SQLite(config.database), config.busy_timeout, on_stored, self._tell_trouble,
+                           self._tell_bug)
+        self._make_rules = functools.partial(Rules, config, contract, schema_text,
+                                             Redactor(config.log_payloads))
         self._endpoints = Endpoints(config, self.store, self.log, self._checks())
         self._clock = Clock(self._tell_bug)
         self._server: Optional[Server] = None
@@ -7227,7 +7314,8 @@ class WebhookServer:
 
     def _start_parts(self) -> None:
         running = self._running
-        server = Server(self.config, self._endpoints)       # the port first: a busy one must not touch the database
+        # the port first: a busy one must not touch the database
+        server = Server(self.config, self._endpoints)
         running.callback(server.server_close)
         self._endpoints.rules = self._make_rules(self._endpoints, server.loopback)
         running.callback(self._say_stopped)
@@ -7257,7 +7345,8 @@ class WebhookServer:
         """The checks of /health: each takes the seconds that it may wait."""
         disk = Checkup("disk", lambda: check_disk(self.config.database))
         checks = {"database": lambda wait: check_of(self.store.health(wait)),
-                  "disk": lambda wait: _disk_found(disk, wait), "log": lambda wait: check_of(self.log.trouble()),
+                  "disk": lambda wait: _disk_found(disk, wait),
+                  "log": lambda wait: check_of(self.log.trouble()),
                   "service": lambda wait: check_of(self._stopping())}
         if self._callbacks is not None:
             checks["on_event"] = lambda wait: check_of(self._callbacks.trouble())
@@ -7401,7 +7490,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
                            help=(about["help"] + default).replace("%", "%%"))
 
 
-# Python's 5 ms are how long a thread that checks a megabyte keeps the interpreter from one that only has to answer
+# Python's 5 ms are how long a thread that checks a megabyte keeps the interpreter from one that only has to
+# answer
 SWITCH_SECONDS = 0.001
 
 
