@@ -1682,7 +1682,7 @@ class Schema:
         except RecursionError:
             raise SchemaError("", "nested too deeply") from None
 
-    def errors(self, value: Any) -> list:
+    def errors(self, value: Any) -> list[Problem]:
         """The Problems of a JSON value, in the order of the schema; at most 100, none when it is valid.
 
         Hot path: `accepts` is the same schema as Python code, for the keywords that events need; it only ever
@@ -2398,7 +2398,7 @@ class AppointmentEvent(NamedTuple):
     received_at: str
     client: Optional[str]
     payload: str
-    id: Optional[int] = None
+    id: int = None      # always there for on_event and for who reads
 
 
 class InvalidEvent(ValueError):
