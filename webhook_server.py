@@ -6184,6 +6184,7 @@ DRAIN_GRACE = 0.01      # seconds that a new connection has for its first bytes 
 # how long a refused sender may go on sending before we close, so that it can read our answer
 LINGER_SECONDS = 2.0
 LINGER_BYTES = 16 * 1024 * 1024
+LINGERING = 128         # connections that do so at once; half of them from one address
 REAP_SECONDS = 0.25     # between looks at the connections' times
 REFUSED_KEPT = 128      # refused connections that may read their 503 at leisure
 TELL_WAITING = 1.0      # seconds after which a stop says for whom it waits
@@ -6571,6 +6572,7 @@ class Connection(BaseHTTPRequestHandler):
         self.endpoints: Endpoints = self.server.endpoints
         self.inbox, self.outbox = Inbox(self), Outbox(self)
         self.close_connection = False
+        self.lingers = False            # whether it lets the peer finish sending before it closes
         self.timed_out = self.was_cut = False  # set by the clock, or by stop(), which then end our recv
         # For the request that is being read
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
@@ -6589,6 +6591,9 @@ class Connection(BaseHTTPRequestHandler):
         """Requests until one side closes."""
         while not self.close_connection:
             self.handle_one_request()
+        if self.lingers and self.server.lingering.take(self.address, 1):
+            self._linger()
+            self.server.lingering.give(self.address, 1)
 
     def enter(self, phase: int) -> None:
         """From now on the connection waits for something else."""
@@ -6604,16 +6609,23 @@ class Connection(BaseHTTPRequestHandler):
             return
         request = Request(NO_RULING, b"", self.endpoints.ids.next(), self)
         try:
+            response = self._answer_to(request, buffer)
+            if response is not None:
+                self._respond(request, response)
+        finally:
+            while self._held:
+                budget, amount = self._held.pop()
+                budget.give(self.address, amount)
+
+    def _answer_to(self, request: Request, buffer: bytes) -> Optional[Response]:
+        """As _serve, reading the request first; never raises."""
+        try:
             self.inbox.read(request, buffer)
-            response = self._serve(request)
+            return self._serve(request)
         except Exception as error:
-            response = self.endpoints.failed(request, error)
-        request.body = b""
-        if response is not None:
-            self._respond(request, response)
-        while self._held:
-            budget, amount = self._held.pop()
-            budget.give(self.address, amount)
+            return self.endpoints.failed(request, error)
+        finally:
+            request.body = b""
 
     def _serve(self, request: Request) -> Optional[Response]:
         """The answer to a request; None when whoever commits its event will send it. Raises Refusal."""
@@ -6679,7 +6691,7 @@ class Connection(BaseHTTPRequestHandler):
         if close:
             self.close_connection = True
             if response.close or self.inbox.pipelined or self.inbox.recv_waiting(0):  # more may be on its way
-                self._linger()
+                self.lingers = True
 
     def _stream(self, request: Request, response: Response) -> str:
         """Send the pieces of a body as they are made. Returns the note for the log."""
@@ -6771,6 +6783,7 @@ class Server(ThreadingHTTPServer):
         self.config, self.endpoints = config, endpoints
         self.draining = False
         self.reads, self.large = Budget(READS), Budget(max(LARGE_BYTES, 2 * config.max_body))
+        self.lingering = Budget(LINGERING)
         self.poller: Optional[Poller] = None
         self._lock = threading.Lock()
         self._connections: set = set()
