@@ -8225,8 +8225,58 @@ class DocumentTest(ServerTest):
             tried += 1
         self.assertGreater(tried, 10)
 
+    @unittest.skipUnless(POSIX and shutil.which("curl"), "needs a shell and curl")
+    def test_the_log_lines_in_the_readme_are_what_is_logged(self):
+        server = self.start(database=str(self.folder / "appointments.db"), log_file=str(self.folder / "log"))
+        for _, commands in self.blocks()[1:7]:
+            if commands.startswith("curl"):
+                subprocess.run(["sh", "-c", commands.replace("http://127.0.0.1:8000", server.url)], check=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=WAIT)
+        server.stop()
+        logged = self.without_times((self.folder / "log").read_text()).splitlines()
+        shown, = (text for _, text in self.blocks() if " - webhook - " in text)
+        for line in self.without_times(shown).splitlines():
+            with self.subTest(line):
+                self.assertIn(line, logged)
+
+    def test_the_readme_names_every_status_that_refuses(self):
+        rows = re.findall(r"(?m)^\| ([0-9, ]+) \|", (HERE / "README.md").read_text(encoding="utf-8"))
+        named = {int(status) for row in rows for status in row.split(", ")}
+        # 204 answers OPTIONS; 417, 500, 501 and 505 are for a sender, or a server, that is broken altogether
+        self.assertEqual(set(receiver.REASONS) - named - {204, 417, 500, 501, 505}, set())
+
+    def test_the_numbers_in_the_readme_are_those_of_the_program(self):
+        readme = " ".join((HERE / "README.md").read_text(encoding="utf-8").split())
+        most, large = receiver.READS, receiver.LARGE_BYTES // 2 ** 20
+        waiting = receiver.Callbacks.WAITING
+        for text in (f"reads ({most}; {most // 2})", f"({large} MiB in all; {large // 2} MiB)",
+                     f"connections ({Config().max_connections}; {Config().max_connections_per_address} from",
+                     f"bodies of more than {receiver.ORDINARY_BODY // 1024} KiB",
+                     f"{receiver.MAX_DEPTH} levels deep", f"at most {receiver.MAX_CONTAINERS:,} objects and arrays",
+                     f"numbers of at most {receiver.MAX_NUMBER} characters",
+                     f"({receiver.PAGE_BYTES // 2 ** 20} MiB) or rare ({receiver.PAGE_SECONDS:g} s)",
+                     f"({receiver.DEFAULT_LIMIT}, at most {receiver.MAX_LIMIT})",
+                     f"{waiting:,} events do, or {receiver.Callbacks.WAITING_BYTES // 2 ** 20} MiB",
+                     f"the version of the data, now {len(receiver.MIGRATIONS)}",
+                     f"rotated at {Config().log_max_bytes // 2 ** 20} MiB with {Config().log_backups} old files"):
+            with self.subTest(text):
+                self.assertIn(text, readme)
+        self.assertEqual((receiver.READ_SECONDS, receiver.LOG_LOOK_SECONDS), (3600, 1))
+
+    def test_what_the_readme_says_of_schemas_is_said_at_start(self):
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        for word, part in (("`nullable`", {"nullable": True}), ("`dependencies`", {"dependencies": {}}),
+                           ("`discriminator`", {"discriminator": {}}), ("`^(a+)+$`", {"pattern": "^(a+)+$"})):
+            with self.subTest(word):
+                self.assertIn(word, readme)
+                self.assertEqual(len(receiver.Schema(part).notes), 1)
+        self.assertIn(r"`\p{…}`", readme)
+        with self.assertRaises(receiver.SchemaError):
+            receiver.Schema({"pattern": r"\p{L}"})
+
     @staticmethod
     def without_times(text):
+        text = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}|\b\d+\.\dms\b", "(time)", text)
         text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", "(now)", text.replace("\r\n", "\n"))
         return re.sub(r'"free_bytes": \d+', "(free)", text).strip()
 

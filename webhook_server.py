@@ -252,7 +252,8 @@ class Config:
         "INFO", "lowest level to log", _one_of("DEBUG", "INFO", "WARNING", "ERROR"),
         "DEBUG|INFO|WARNING|ERROR")
     log_payloads: str = _setting(
-        "redacted", "payloads in the log: without patients' data, whole, or not at all",
+        "redacted",
+        "payloads in the log: without patients' data, whole (and texts of exceptions), or not at all",
         _one_of("redacted", "full", "none"), "redacted|full|none")
     max_request_line: int = _setting(
         8192, "longest request line, a longer one gets 414; the default is Apache's", _whole(64), "BYTES",
@@ -281,8 +282,8 @@ class Config:
     shutdown_timeout: float = _setting(
         10.0, "how long a stop waits for requests in flight, and then for on_event", _seconds, "SECONDS")
     allowed_host: Sequence[str] = _setting(
-        (), "further host name to answer to (repeat, or separate with commas), beside every IP address; by "
-        "default any, but only local names while listening on a local address",
+        (), "host name to answer to, beside local names and every IP address (repeat, or separate with "
+        "commas); by default all names, but none while only this machine can connect",
         _list_of(r"[\w.-]+|\[[0-9a-f:.]+\]", "a host name without scheme or port"), "HOST",
         group="who may send")
     allowed_origin: Sequence[str] = _setting(
