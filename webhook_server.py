@@ -5280,10 +5280,7 @@ def _parse_request_line(line: str, head: Head) -> None:
 def _parse_fields(lines: str, head: Head, limits: Limits) -> None:
     """Hot path, where heads differ: one findall over all fields (5 against 12 us for a head of eight)."""
     found = _FIELDS.findall(lines)
-    count = len(found)
-    if found:
-        count += found[-1][2].count("\r\n")            # the lines that were swallowed
-    if count > limits.header_fields:
+    if len(found) > limits.header_fields:
         raise Malformed(431, f"More than {limits.header_fields} header fields")
     if found and found[-1][2]:
         raise Malformed(400, "A header line is not 'name: value'")
@@ -6663,7 +6660,7 @@ class Connection(BaseHTTPRequestHandler):
 
         Hot path: waking 64 threads, each to send its own answer, would halve the rate; the disk would not.
         """
-        endpoints = self.endpoints
+        endpoints, sent = self.endpoints, self.outbox.sent
         try:
             if outcome.kind == "stored":
                 self.outbox.send(endpoints.stored(request, outcome.event_id))
@@ -6672,6 +6669,9 @@ class Connection(BaseHTTPRequestHandler):
                 self.answer_at_once(request, endpoints.answer_to_event(request, outcome))
         except Exception:                               # the others of the group must have their answers
             endpoints.log.exception("An answer could not be sent", request.id)
+            if self.outbox.sent == sent:                # nor may anybody wait for this one
+                self.shut_down(reading_only=False)
+                self.outbox.send(b"")
 
     def answer_at_once(self, request: Request, response: Response) -> None:
         """Send and log a promised answer from a thread that must not wait."""
@@ -7013,7 +7013,9 @@ class Server(ThreadingHTTPServer):
 
     def _waiting_for(self) -> str:
         waiting = [f"{one.address} ({Phase.DOING[one.phase]})" for one in self.open_connections]
-        return f"{len(waiting)} connections: {', '.join(waiting[:5])}{', ...' * (len(waiting) > 5)}"
+        more = f" and {len(waiting) - 5} more" * (len(waiting) > 5)
+        plural = "s" * (len(waiting) != 1)
+        return f"{len(waiting)} connection{plural}: {', '.join(waiting[:5])}{more}"
 
     def server_close(self) -> None:
         """Close the listeners."""
