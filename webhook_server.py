@@ -2942,12 +2942,15 @@ class _Files:
             self._look_at_main()
             return
         self._times = None
-        for left in (4, 3, 2, 1, 0):  # others may checkpoint or commit between two looks
+        # Others may checkpoint or commit between two looks, and the system may let them wait in the middle of it
+        for pause in (0.0, 0.001, 0.01, 0.05, 0.2):
+            if pause:
+                time.sleep(pause)
             try:
                 self._look()
                 break
             except StoreUnavailable:
-                if not left:
+                if pause == 0.2:
                     self.hold(True)
                     raise
         if self.is_held:
@@ -6538,7 +6541,8 @@ class Inbox:
 
     def _recv_body(self, have: int) -> bytes:
         """More of a body of which we have `have` bytes: a large one is counted as it comes."""
-        piece = self.recv_in_turn()
+        # An ordinary event that comes in two packets waits for nobody's turn
+        piece = self.recv() if have <= ORDINARY_BODY else self.recv_in_turn()
         if not piece:
             raise self._ended("body", self._server.config.body_timeout)
         if have + len(piece) > ORDINARY_BODY:
