@@ -2943,14 +2943,14 @@ class _Files:
             return
         self._times = None
         # Others may checkpoint or commit between two looks, and the system may let them wait in the middle of it
-        for pause in (0.0, 0.001, 0.01, 0.05, 0.2):
+        for pause in (0.0, 0.001, 0.004, 0.01, 0.03):
             if pause:
                 time.sleep(pause)
             try:
                 self._look()
                 break
             except StoreUnavailable:
-                if pause == 0.2:
+                if pause == 0.03:
                     self.hold(True)
                     raise
         if self.is_held:
