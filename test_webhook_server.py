@@ -3863,11 +3863,14 @@ class DurabilityTest(ServerTest):
                 answered = [self.post(server, event(appointment_id=f"{at}")).status for at in range(51)]
                 self.assertEqual(set(answered), {200})
                 subprocess.run(command, shell=True, check=True, cwd=self.database.parent)
-                self.assertEqual(self.post(server, event(appointment_id="lost")).status, 503)
+                refused = self.post(server, event(appointment_id="lost"))
+                self.assertEqual((refused.status, refused.json["message"]), (
+                    503, "This cannot be done now: somebody has changed the files of the database; try again"))
                 self.assertEqual(self.call(server).status, 503)
                 self.assertEqual(self.call(server, path="/health").status, 503)
                 process.terminate()
-                process.wait()
+                self.assertEqual(process.wait(), 0)
+                self.assertTrue(self.database.exists())
                 log = (self.folder / "server.log").read_text()
                 self.assertRegex(log, r"- ERROR - \[-\] Events cannot be stored[^\n]*while it is in use")
                 if command.startswith("truncate"):
@@ -7674,7 +7677,7 @@ class CallbacksTest(unittest.TestCase):
                          "on_event has been busy with event 1 for 1 s; 7 events were not handed to it")
         self.go_on.set()
         until(lambda: len(lines) > 2, "the last line")
-        self.assertEqual(lines[2:], ["WARNING on_event has caught up; 7 events were not handed to it: read "
+        self.assertEqual(lines[2:], ["WARNING on_event has caught up; 7 events were not handed to it, from id 5 to 11: read "
                                      "them in the database"])
         self.assertEqual((self.seen, callbacks.trouble()), ([1, 2, 3, 4], ""))
         self.put(callbacks, 12)

@@ -2761,8 +2761,11 @@ DAMAGED = "the file is damaged; restore a backup, or save what is left with sqli
 
 
 class StoreUnavailable(Exception):
-    """Nothing of this group is stored: the database is locked, full, read-only or broken. The text says
-    which."""
+    """Nothing of this group is stored: the database is locked, full, read-only or broken.
+
+    The text is the operator's; `public` is what senders may hear of it, where that is not the same.
+    """
+    public = ""
 
 
 class StoreLocked(StoreUnavailable):
@@ -2789,12 +2792,17 @@ class Filter(NamedTuple):
     until: Optional[str] = None
 
 
-class _Unlinked(StoreUnavailable):
+class FilesChanged(StoreUnavailable):
+    """Somebody else has changed the files of the database."""
+    public = "somebody has changed the files of the database"
+
+
+class _Unlinked(FilesChanged):
     """-wal or -shm has lost its name, but those that are open are whole: what is in them can still be
     saved."""
 
 
-class _Deleted(StoreUnavailable):
+class _Deleted(FilesChanged):
     """The main file was deleted, and perhaps replaced; who has it open can still read it."""
 
 
@@ -2880,6 +2888,7 @@ class _Files:
         for name in names[1:]:
             self._open_anew(name)
         self._ids = [os.stat(name)[1:3] for name in names]      # (inode, device)
+        self.is_made = False                                    # and now it is in use
         if self.is_watched:
             self._change = self._moves = None
             self.check()
@@ -2916,7 +2925,7 @@ class _Files:
                 break
             data = os.pread(self._open[self.shm], self.INDEX.size, 0)
         if len(data) < self.INDEX.size or not data[12]:
-            raise StoreUnavailable(self._told(self.shm))
+            raise FilesChanged(self._told(self.shm))
         return WALIndex._make(self.INDEX.unpack(data))
 
     def unmoved(self) -> int:
@@ -2942,7 +2951,7 @@ class _Files:
             self._look_at_main()
             return
         self._times = None
-        # Others may checkpoint or commit between two looks, and the system may let them wait in the middle of it
+        # Others may checkpoint or commit between two looks, and the system may stop them in the middle
         for pause in (0.0, 0.001, 0.004, 0.01, 0.03):
             if pause:
                 time.sleep(pause)
@@ -2964,7 +2973,7 @@ class _Files:
         if found is None or found[1:3] != self._ids[0]:
             if self.is_watched and not os.fstat(self._open[self.main]).st_nlink:
                 raise _Deleted(f"{self.main} was deleted or replaced while it is in use")
-            raise StoreUnavailable("the file was moved or deleted while it is in use; put it back or restart "
+            raise FilesChanged("the file was moved or deleted while it is in use; put it back or restart "
                                    "the service")
         return found
 
@@ -3001,13 +3010,13 @@ class _Files:
         head = os.pread(self._open[self.wal], self.FRAME_HEAD, place)
         expected = (index.salt, index.check_1, index.check_2)
         if len(head) < self.FRAME_HEAD or self.FRAME.unpack(head) != expected:
-            raise StoreUnavailable(self._told(self.wal))
+            raise FilesChanged(self._told(self.wal))
 
     def _check_progress(self, last: WALIndex, index: WALIndex) -> None:
         """Commits are counted on, and a WAL only grows until it is started anew."""
         is_same = index.salt == last.salt
         if (index.change - last.change) % 2 ** 32 >= 2 ** 31 or is_same and index.frames < last.frames:
-            raise StoreUnavailable(self._told(self.shm))
+            raise FilesChanged(self._told(self.shm))
         if is_same and last.frames and index.frames > last.frames:
             self._check_frame(last)
 
@@ -3023,7 +3032,7 @@ class _Files:
             is_all_moved = index.frames == index.moved == index.tried
             short = is_all_moved and found.st_size < index.pages * index.page_bytes()
             if foreign or short or moves != (again.salt, again.moved, again.tried):
-                raise StoreUnavailable(
+                raise FilesChanged(
                     f"{self.main} was overwritten or truncated while it is in use, and nothing more is "
                     f"written to it; stop the service, and if it is a restored copy move {self.wal} and "
                     f"{self.shm} away, else restore one")
@@ -3479,12 +3488,12 @@ CREATE TABLE conflicting_events (
             told = "events of the last seconds may be missing when the service is restarted"
             if self._checkpoints.save():
                 told = "all that is stored was saved into the database: restart the service"
-            raise StoreUnavailable(f"{error}; {told}") from None
+            raise FilesChanged(f"{error}; {told}") from None
         except _Deleted as error:
             self._save_aside()
             kept = self._saved or "no file any more"
-            raise StoreUnavailable(f"{error}; what was stored in it is in {kept}: put the right file in its "
-                                   "place, and restart the service") from None
+            raise FilesChanged(f"{error}; what was stored in it is in {kept}: put the right file in its "
+                               "place, and restart the service") from None
 
     def _save_aside(self) -> None:
         """Once, copy a main file that has no name any more."""
@@ -4631,7 +4640,10 @@ class Store:
 
     def _tell_refusal(self, submission: Submission) -> None:
         # An exception for each: one that is raised again and again grows with every traceback
-        self._lanes.tell([submission], [Outcome("failed", error=StoreUnavailable(self._refusal))])
+        error = StoreUnavailable(self._refusal)
+        if self._breaker.state == "open":
+            error.public = "the database has failed several times in a row"
+        self._lanes.tell([submission], [Outcome("failed", error=error)])
 
     def _succeeded(self) -> None:
         self._pause = LOCK_STEPS[0]
@@ -5862,7 +5874,7 @@ class Endpoints:
         if isinstance(error, Refusal):
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
-            message = f"Nothing can be stored or read now: {error}; try again"
+            message = f"This cannot be done now: {error.public or error}; try again"
             return self.refused(request, Refusal(503, message, fields=RETRY_AFTER))
         self.log.exception("Unexpected error", request.id)
         message = "Unexpected error; see the log entry with this request id"
@@ -7066,6 +7078,7 @@ class Callbacks:
         self._lock = threading.Lock()
         self._call: Optional[tuple] = None      # (id of the event, when it began) of the call under way
         self._lost = 0                          # events not handed over since it had caught up last
+        self._first_lost = self._last_lost = 0  # the first and the last of them, ids
         self._untold = 0                        # those of them that no line has told of
         self._told_at = -self.PAUSE
         self._given_up = False
@@ -7127,7 +7140,9 @@ class Callbacks:
 
     def _lose(self, event: AppointmentEvent) -> None:
         with self._lock:
-            self._lost += 1
+            if not self._lost:
+                self._first_lost = event.id
+            self._lost, self._last_lost = self._lost + 1, event.id
             self._untold += 1
             now = self._clock()
             if now - self._told_at < self.PAUSE:
@@ -7165,8 +7180,8 @@ class Callbacks:
         with self._lock:
             lost, self._lost, self._untold = self._lost, 0, 0
         if lost:
-            self._log.line("WARNING", f"on_event has caught up; {were_not(lost)} handed to it: read them in "
-                                      "the database")
+            self._log.line("WARNING", f"on_event has caught up; {were_not(lost)} handed to it, from id "
+                                      f"{self._first_lost} to {self._last_lost}: read them in the database")
 
 
 def were_not(events: int) -> str:
@@ -7427,8 +7442,8 @@ class WebhookServer:
 
     def _tell_trouble(self, trouble: str) -> None:
         if trouble:
-            self.log.line("ERROR", f"Events cannot be stored and are answered 503: {trouble}. Senders should "
-                                   "try again; fix this and the service recovers by itself")
+            self.log.line("ERROR", "Events cannot be stored and are answered 503, so that senders try again: "
+                                   f"{trouble}")
         else:
             self.log.line("INFO", "Events are stored again")
 
