@@ -7346,6 +7346,7 @@ class EmbeddingTest(RunningTest):
     def test_a_stop_that_waits_for_a_request_says_so(self):
         server = self.start(shutdown_timeout=WAIT)
         connection, rest = self.begin_event(server.port)
+        until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the body")
         stopping = threading.Thread(target=server.stop)
         with mock.patch.object(receiver, "TELL_WAITING", 0.0):
             stopping.start()
