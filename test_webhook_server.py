@@ -6618,6 +6618,19 @@ class LimitTest(HTTPTest):
         self.assertTrue(handler.timed_out)
         self.assertEqual(self.post(server, event(appointment_id="A2")).status, 200)
 
+    @unittest.skipUnless(receiver.SENDS_AT_ONCE, "here each connection's own thread sends its answers")
+    def test_who_takes_too_long_to_send_and_reads_no_answer_is_let_go_all_the_same(self):
+        server = self.start(header_timeout=0.3, body_timeout=1)
+        connection = self.connect(server)
+        connection.sendall(post_bytes(event()))
+        self.read_answer(connection)
+        handler, = server._server.open_connections
+        handler.outbox.promised += 1
+        handler.outbox.send(b"x" * 50000000)            # more than any socket's buffer takes
+        connection.sendall(b"GET /hea")                 # its 408 has to wait for what nobody takes
+        until(lambda: handler.timed_out, "the end of its time")
+        until(lambda: not server._server.open_connections, "the end of the connection")
+
     @unittest.skipUnless(POSIX, "needs 600 open files in one process")
     def test_300_slow_senders_are_not_felt_by_a_good_one(self):
         server = self.start(max_connections_per_address=400, header_timeout=60)

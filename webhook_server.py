@@ -6474,7 +6474,6 @@ class Inbox:
             request.body, self._buffer = buffer[end:at], buffer[at:]
         if self._buffer:
             self.pipelined = True
-        self._connection.phase = Phase.WORK
 
     def recv(self) -> bytes:
         """What the peer sent, b"" when it ended, broke, or took too long."""
@@ -6611,7 +6610,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def enter(self, phase: int) -> None:
         """From now on the connection waits for something else."""
-        self.phase, self.since = phase, time.monotonic()
+        self.since, self.phase = time.monotonic(), phase    # in this order: expire() may look in between
 
     def handle_one_request(self) -> None:
         """Read one request and have it answered."""
@@ -6635,6 +6634,7 @@ class Connection(BaseHTTPRequestHandler):
         """As _serve, reading the request first; never raises."""
         try:
             self.inbox.read(request, buffer)
+            self.phase = Phase.WORK
             return self._serve(request)
         except Exception as error:
             return self.endpoints.failed(request, error)
@@ -6762,8 +6762,8 @@ class Connection(BaseHTTPRequestHandler):
         """Called by the clock: end what has waited longer than limits[phase]. Its own thread then answers or
         closes."""
         phase, deaf = self.phase, self.outbox.is_stuck(now, limits[Phase.SEND])
-        if (deaf or phase in limits and now - self.since > limits[phase]) and not self.timed_out:
-            self.timed_out = True
+        if deaf or phase in limits and now - self.since > limits[phase]:
+            self.timed_out = True                       # again and again: who was slow may be deaf as well
             self.shut_down(reading_only=phase != Phase.SEND and not deaf)
 
     def end_if_idle(self) -> None:
