@@ -6522,7 +6522,7 @@ class LimitTest(HTTPTest):
         slow.sendall(begun[:1000])
         until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the first body")
         slow.sendall(begun[1000:60000])
-        until(lambda: server._server.large._used >= 59000, "the rest of it")
+        until(lambda: server._server.large._used >= 59000 - receiver.ORDINARY_BODY, "the rest of it")
         chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"ea60\r\n"
         for head, body in ((begun[:1000], begun[1000:]), (chunked, b" " * 60000)):
             connection = self.connect(server)
@@ -6537,6 +6537,27 @@ class LimitTest(HTTPTest):
         self.assertEqual(self.read_answer(slow).status, 200)
         until(lambda: not server._server.large._used, "what was held")
         self.assertEqual(self.talk_statuses(server, begun), [409])
+
+    def test_what_is_kept_of_a_large_body_is_counted_however_it_comes_and_nothing_else(self):
+        server = self.start(max_body=100000)
+        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
+        with mock.patch.object(receiver, "PIECE", 4000):                # bytes of one recv
+            slow = self.connect(server)
+            slow.sendall(chunked + b"186a0\r\n" + b" " * 99000)         # half a chunk
+            until(lambda: server._server.large._used > 90000, "what it keeps")
+            slow.close()
+            until(lambda: not server._server.large._used, "what was held")
+            server._server.large = receiver.Budget(200000)              # half of it is one body of the greatest size
+            body = json.dumps(event()).encode().ljust(100000)
+            pieces = b"".join(b"a\r\n%b\r\n" % body[at:at + 10] for at in range(0, len(body), 10))
+            self.assertEqual(self.talk_statuses(server, chunked + pieces + b"0\r\n\r\n"), [200])
+        server._server.large = receiver.Budget(0)
+        connection, data = self.connect(server), post_bytes(event(appointment_id="small"))
+        connection.sendall(data[:-5])
+        until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the body")
+        connection.sendall(data[-5:] + head_bytes() * 1000)             # what follows it is not its body
+        connection.shutdown(socket.SHUT_WR)
+        self.assertEqual(statuses(read_all(connection)), [200] * 1001)
 
     def test_whatever_ends_a_request_gives_back_what_it_used_of_a_budget(self):
         server = self.start(max_body=200000, header_timeout=WAIT, body_timeout=0.2)

@@ -5369,6 +5369,11 @@ class ChunkedBody:
         self.body = bytearray()
         self.rest: Optional[bytes] = None
 
+    @property
+    def kept(self) -> int:
+        """How many bytes it holds: of the body, and of what is not decoded yet."""
+        return len(self.body) + len(self._buffer)
+
     def feed(self, data: bytes) -> None:
         """Take more bytes. Raises Malformed (400, 413, 431)."""
         buffer, at = self._buffer, 0
@@ -5392,7 +5397,7 @@ class ChunkedBody:
             line, at = bytes(buffer[at:end]), end + 2
             if self._in_trailer:
                 if not self._trailer_line(line):
-                    self.rest = bytes(buffer[at:])
+                    self.rest, at = bytes(buffer[at:]), len(buffer)
             else:
                 self._size_line(line)
         del buffer[:at]
@@ -6539,27 +6544,30 @@ class Inbox:
             decoder = ChunkedBody(self._endpoints.rules.limits)
             decoder.feed(begun)
             while decoder.rest is None:
-                decoder.feed(self._recv_body(len(decoder.body)))
+                decoder.feed(self._recv_body(decoder.kept))
+                self._count(decoder.kept)
             self._buffer = decoder.rest
             return bytes(decoder.body)
-        pieces, size = [begun], len(begun)
-        while size < head.length:
-            pieces.append(self._recv_body(size))
-            size += len(pieces[-1])
-        body = b"".join(pieces)
-        self._buffer = body[head.length:]
-        return body[:head.length]
+        body = bytearray(begun)
+        while len(body) < head.length:
+            body += self._recv_body(len(body))
+            self._count(min(len(body), head.length))
+        self._buffer = bytes(body[head.length:])
+        return bytes(body[:head.length])
 
     def _recv_body(self, have: int) -> bytes:
-        """More of a body of which we have `have` bytes: a large one is counted as it comes."""
+        """More of a body of which we have `have` bytes."""
         # An ordinary event that comes in two packets waits for nobody's turn
         piece = self.recv() if have <= ORDINARY_BODY else self.recv_in_turn()
         if not piece:
             raise self._ended("body", self._server.config.body_timeout)
-        if have + len(piece) > ORDINARY_BODY:
-            self._connection.hold(self._server.large, len(piece),
-                                  "Too many large bodies are being received; try again", close=True)
         return piece
+
+    def _count(self, have: int) -> None:
+        """Count what we keep of a body beyond an ordinary one. Raises Busy."""
+        if have > ORDINARY_BODY:
+            self._connection.hold(self._server.large, have - ORDINARY_BODY,
+                                  "Too many large bodies are being received; try again", close=True)
 
     def _ended(self, part: str, limit: float) -> Refusal:
         if self._connection.was_cut:
@@ -6589,7 +6597,7 @@ class Connection(BaseHTTPRequestHandler):
         self.timed_out = self.was_cut = False  # set by the clock, or by stop(), which then end our recv
         # For the request that is being read
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
-        self._held: list = []                           # (budget, amount) that it uses
+        self._held: dict = {}                           # Budget: how much it uses of it
         self.server.opened(self)
 
     def finish(self) -> None:
@@ -6627,7 +6635,7 @@ class Connection(BaseHTTPRequestHandler):
                 self._respond(request, response)
         finally:
             while self._held:
-                budget, amount = self._held.pop()
+                budget, amount = self._held.popitem()
                 budget.give(self.address, amount)
 
     def _answer_to(self, request: Request, buffer: bytes) -> Optional[Response]:
@@ -6663,10 +6671,10 @@ class Connection(BaseHTTPRequestHandler):
         return self.endpoints.answer_to_event(request, outcome)
 
     def hold(self, budget: Budget, amount: int, message: str, close: bool = False) -> None:
-        """Use so much of a budget until the request is answered. Raises Busy."""
-        if not budget.take(self.address, amount):
+        """Use `amount` of a budget, all in all, until the request is answered. Raises Busy."""
+        if not budget.take(self.address, amount - self._held.get(budget, 0)):
             raise Busy(message, close)
-        self._held.append((budget, amount))
+        self._held[budget] = amount
 
     # -- answering
 
