@@ -33,6 +33,7 @@ import threading
 import time
 import unittest
 import weakref
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PureWindowsPath
 from unittest import mock
 
@@ -5278,7 +5279,7 @@ class RoutingTest(unittest.TestCase):
 
     def test_the_date_is_that_of_the_rfc_in_every_second(self):
         for second in (1, 951782400, 951782400 + 86399, 1736518995, 4102444799):
-            self.assertEqual(receiver.http_date(second), receiver.BaseHTTPRequestHandler.date_time_string(None, second))
+            self.assertEqual(receiver.http_date(second), BaseHTTPRequestHandler.date_time_string(None, second))
 
 
 class RulesTest(unittest.TestCase):
@@ -6522,7 +6523,7 @@ class LimitTest(HTTPTest):
         slow.sendall(begun[:1000])
         until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the first body")
         slow.sendall(begun[1000:60000])
-        until(lambda: server._server.large._used >= 59000 - receiver.ORDINARY_BODY, "the rest of it")
+        until(lambda: server._server.large.used >= 59000 - receiver.ORDINARY_BODY, "the rest of it")
         chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"ea60\r\n"
         for head, body in ((begun[:1000], begun[1000:]), (chunked, b" " * 60000)):
             connection = self.connect(server)
@@ -6535,7 +6536,7 @@ class LimitTest(HTTPTest):
         self.assertEqual(self.post(server, event(appointment_id="small")).status, 200)
         slow.sendall(begun[60000:])
         self.assertEqual(self.read_answer(slow).status, 200)
-        until(lambda: not server._server.large._used, "what was held")
+        until(lambda: not server._server.large.used, "what was held")
         self.assertEqual(self.talk_statuses(server, begun), [409])
 
     def test_what_is_kept_of_a_large_body_is_counted_however_it_comes_and_nothing_else(self):
@@ -6544,9 +6545,9 @@ class LimitTest(HTTPTest):
         with mock.patch.object(receiver, "PIECE", 4000):                # bytes of one recv
             slow = self.connect(server)
             slow.sendall(chunked + b"186a0\r\n" + b" " * 99000)         # half a chunk
-            until(lambda: server._server.large._used > 90000, "what it keeps")
+            until(lambda: server._server.large.used > 90000, "what it keeps")
             slow.close()
-            until(lambda: not server._server.large._used, "what was held")
+            until(lambda: not server._server.large.used, "what was held")
             server._server.large = receiver.Budget(200000)              # half of it is one body of the greatest size
             body = json.dumps(event()).encode().ljust(100000)
             pieces = b"".join(b"a\r\n%b\r\n" % body[at:at + 10] for at in range(0, len(body), 10))
@@ -6599,7 +6600,7 @@ class LimitTest(HTTPTest):
         until(lambda: not server._server.open_connections, "the end of the connection")
         self.assertTrue(taken.called)
         for budget in (server._server.reads, server._server.large):
-            self.assertEqual((budget._used, budget._by_address), (0, {}))
+            self.assertEqual((budget.used, budget._by_address), (0, {}))
 
     def test_a_sender_that_pipelines_without_end_waits_for_its_answers(self):
         """Else its answers would pile up in the store."""
@@ -7073,6 +7074,20 @@ class ShutdownTest(HTTPTest):
             stop.join()
         answer, = answers_in(read_all(waiting[0]))
         self.assertEqual(self.proper(answer).status, 200)
+
+    def test_who_connects_without_end_does_not_keep_the_service_from_stopping(self):
+        server = self.start(shutdown_timeout=WAIT)
+        with mock.patch.object(server._server, "_accept_one", return_value=True) as accept:
+            self.connect(server)                        # wakes the thread that accepts
+            until(lambda: accept.called, "the connection")
+            server.stop()
+        self.assertGreater(accept.call_count, server._server.BACKLOG)       # all that the system has taken for us
+
+    def test_a_connection_that_is_gone_before_it_is_accepted_does_not_hide_those_behind_it(self):
+        server = self.start()
+        gone = mock.Mock(accept=mock.Mock(side_effect=OSError(errno.ECONNABORTED, "gone")))
+        empty = mock.Mock(accept=mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, "empty")))
+        self.assertEqual([server._server._accept_one(listener) for listener in (gone, empty)], [True, False])
 
     def test_to_look_for_what_has_come_leaves_no_timeout_behind_that_would_cut_an_answer(self):
         for by_writer in sorted({receiver.SENDS_AT_ONCE, False}):

@@ -78,7 +78,6 @@ try:
     from collections import Counter, deque
     from datetime import datetime, timedelta, timezone
     from decimal import Decimal
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from json.encoder import encode_basestring_ascii
     from pathlib import Path, PurePath
     from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
@@ -6216,11 +6215,11 @@ class Phase:
 
 
 class Budget:
-    """How much of something may be in use at once: `most` in all, and half of it for one address."""
+    """How much of something may be in use at once: `most` in all, and for one address `each`, or half of it."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._used = 0
+    def __init__(self, most: int, each: int = 0) -> None:
+        self.used = 0
+        self._most, self._each = most, each or (most + 1) // 2
         self._by_address: dict = {}
         self._lock = threading.Lock()
 
@@ -6228,16 +6227,16 @@ class Budget:
         """Use `amount` more, or False: it is too much."""
         with self._lock:
             mine = self._by_address.get(address, 0) + amount
-            if self._used + amount > self._most or mine > (self._most + 1) // 2:
+            if self.used + amount > self._most or mine > self._each:
                 return False
-            self._used += amount
+            self.used += amount
             self._by_address[address] = mine
             return True
 
     def give(self, address: str, amount: int) -> None:
         """Use `amount` less."""
         with self._lock:
-            self._used -= amount
+            self.used -= amount
             self._by_address[address] -= amount
             if not self._by_address[address]:
                 del self._by_address[address]
@@ -6577,20 +6576,19 @@ class Inbox:
         return Malformed(400, f"The connection ended before the whole {part} had come")
 
 
-class Connection(BaseHTTPRequestHandler):
+class Connection:
     """One connection, in a thread of its own: reads requests strictly, has them answered, sends.
 
     Between requests the thread is parked and the poller reads; it wakes this thread for all but ordinary
     events.
     """
 
-    def setup(self) -> None:
-        """Called once, before handle()."""
+    def __init__(self, its_socket: socket.socket, address: str, server: Server) -> None:
+        """Raises OSError when the peer is gone already."""
         # For the life of the connection
-        self.socket = self.request
+        self.socket, self.address, self.server = its_socket, address, server
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.address = self.client_address[0]
-        self.endpoints: Endpoints = self.server.endpoints
+        self.endpoints = server.endpoints
         self.inbox, self.outbox = Inbox(self), Outbox(self)
         self.close_connection = False
         self.lingers = False            # whether it lets the peer finish sending before it closes
@@ -6598,29 +6596,25 @@ class Connection(BaseHTTPRequestHandler):
         # For the request that is being read
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
         self._held: dict = {}                           # Budget: how much it uses of it
-        self.server.opened(self)
 
-    def finish(self) -> None:
-        """Called once after handle(). Nobody may still want to send when the socket is closed: its number is
-        reused."""
+    def run(self) -> None:
+        """Requests until one side closes; at its end nobody wants to send any more."""
         try:
-            self.outbox.settle()
+            while not self.close_connection:
+                self._run_one()
+            if self.lingers and self.server.lingering.take(self.address, 1):
+                try:
+                    self._linger()
+                finally:
+                    self.server.lingering.give(self.address, 1)
         finally:
-            self.server.closed(self)
-
-    def handle(self) -> None:
-        """Requests until one side closes."""
-        while not self.close_connection:
-            self.handle_one_request()
-        if self.lingers and self.server.lingering.take(self.address, 1):
-            self._linger()
-            self.server.lingering.give(self.address, 1)
+            self.outbox.settle()
 
     def enter(self, phase: int) -> None:
         """From now on the connection waits for something else."""
         self.since, self.phase = time.monotonic(), phase    # in this order: expire() may look in between
 
-    def handle_one_request(self) -> None:
+    def _run_one(self) -> None:
         """Read one request and have it answered."""
         if self.outbox.is_full:
             self.outbox.settle()
@@ -6793,13 +6787,10 @@ class Connection(BaseHTTPRequestHandler):
             self.socket.shutdown(half)
 
 
-class Server(ThreadingHTTPServer):
+class Server:
     """Accepts connections within the limits, watches their times, ends them."""
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"            # on Windows it would let two servers share a port
+    BACKLOG = 1024          # connections that the system takes for us before we accept them
     STACK = 1024 * 1024  # bytes: 512 connections must not want 4 GiB; musl's 128 KiB is short
     STACK_LOCK = threading.Lock()
 
@@ -6809,21 +6800,16 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.reads, self.large = Budget(READS), Budget(max(LARGE_BYTES, 2 * config.max_body))
         self.lingering = Budget(LINGERING)
+        self._places = Budget(config.max_connections, config.max_connections_per_address)
         self.poller: Optional[Poller] = None
         self._lock = threading.Lock()
         self._connections: set = set()
-        self._count = 0
-        self._by_address: dict = {}
         self._refused: deque = deque()                  # (when to close it, socket)
         self._told_full_at = 0.0
         self._accepting = threading.Thread(target=self._accept, name="webhook-accept", daemon=True)
-        super().__init__(("", 0), Connection, bind_and_activate=False)
-        self.socket.close()                             # made by the base class, for one address
         self.listeners = self._listen()
         self._wake_receiver, self._wake_sender = socket.socketpair()
-        self.socket = self.listeners[0]
-        self.server_address = self.socket.getsockname()
-        host, self.port = self.server_address[:2]
+        host, self.port = self.listeners[0].getsockname()[:2]
         self.loopback = all(LOOPBACK.fullmatch(one.getsockname()[0]) for one in self.listeners)
         if len(self.listeners) > 1:
             host = config.host
@@ -6860,10 +6846,10 @@ class Server(ThreadingHTTPServer):
                 # "::" takes IPv4 too; beside other listeners each takes its own family
                 with contextlib.suppress(OSError, AttributeError):
                     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-            if self.allow_reuse_address:
+            if os.name == "posix":                      # on Windows it would let two servers share a port
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(self.request_queue_size)
+            listener.listen(self.BACKLOG)
         except OSError:
             listener.close()
             raise
@@ -6888,8 +6874,9 @@ class Server(ThreadingHTTPServer):
                     if key.fileobj is not self._wake_receiver:
                         self._accept_one(key.fileobj)
         for listener in self.listeners:  # closing the listener would reset what the system has accepted
-            while self._accept_one(listener):
-                pass
+            for _ in range(self.BACKLOG + 1):           # no more: others may come without end
+                if not self._accept_one(listener):
+                    break
             listener.close()
 
     def _accept_one(self, listener: socket.socket) -> bool:
@@ -6900,38 +6887,29 @@ class Server(ThreadingHTTPServer):
                 self._tell_full(f"cannot accept connections: {error.strerror}; raise the limit of open files "
                                 "(ulimit -n)")
                 time.sleep(0.05)                        # the connection stays in the queue; do not spin on it
-            return False
+            return error.errno == errno.ECONNABORTED    # that one is gone, more may wait
         connection.setblocking(True)
         host = address[0]
         if host.startswith("::ffff:"):                  # IPv4 on a listener that takes both
             host = host[7:]
-        self.process_request(connection, (host,) + address[1:])
+        self._admit(connection, host)
         return True
 
-    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+    def _admit(self, connection: socket.socket, address: str) -> None:
         """Start a thread for a connection, or refuse it when there are too many."""
-        config, address, reason = self.config, client_address[0], ""
-        with self._lock:
-            mine = self._by_address.get(address, 0)
-            if self._count >= config.max_connections:
-                reason = "There are too many connections"
-            elif mine >= config.max_connections_per_address:
-                reason = "There are too many connections from your address"
-            else:
-                self._count += 1
-                self._by_address[address] = mine + 1
-        if not reason:
+        reason = "There are too many connections"
+        if self._places.take(address, 1):
             try:
-                self._start_thread(request, client_address)
+                self._start_thread(connection, address)
                 return
             except RuntimeError:                        # the system gives no more threads
-                self._forget(address)
-                reason = "There are too many connections"
-        self._refuse(request, address, reason)
+                self._places.give(address, 1)
+        elif self._places.used < self.config.max_connections:
+            reason += " from your address"
+        self._refuse(connection, address, reason)
 
-    def _start_thread(self, request: socket.socket, client_address: tuple) -> None:
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address),
-                                  daemon=True)
+    def _start_thread(self, connection: socket.socket, address: str) -> None:
+        thread = threading.Thread(target=self._serve, args=(connection, address), daemon=True)
         with self.STACK_LOCK:  # the size is the whole process's: for all services in it
             before = threading.stack_size(self.STACK)
             try:
@@ -6947,44 +6925,40 @@ class Server(ThreadingHTTPServer):
             connection.setblocking(False)
             connection.send(encode(response, head, request_id, endpoints.date(), {}, True))
             connection.shutdown(socket.SHUT_WR)
-        self._tell_full(f"{reason}: refused one from {address} ({self._count} are open)")
+        self._tell_full(f"{reason}: refused one from {address} ({self._places.used} are open)")
         self._refused.append((time.monotonic() + 1, connection))
-        while len(self._refused) > REFUSED_KEPT:
-            self._refused.popleft()[1].close()
+        self._close_refused(0.0)
+
+    def _close_refused(self, before: float) -> None:
+        """Close the refused ones whose time ended `before`, and the oldest where there are too many."""
+        with self._lock:
+            while self._refused and (self._refused[0][0] < before or len(self._refused) > REFUSED_KEPT):
+                self._refused.popleft()[1].close()
 
     def _tell_full(self, message: str) -> None:
         if time.monotonic() - self._told_full_at > 1:   # once a second: an attack must not fill the log
             self._told_full_at = time.monotonic()
             self.endpoints.log.line("WARNING", message)
 
-    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
-        """A connection from setup to close, on its own thread."""
+    def _serve(self, its_socket: socket.socket, address: str) -> None:
+        """A connection from its first byte to its close, on its own thread."""
+        connection = None
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._forget(client_address[0])
-
-    def _forget(self, address: str) -> None:
-        with self._lock:
-            self._count -= 1
-            self._by_address[address] -= 1
-            if not self._by_address[address]:
-                del self._by_address[address]
-
-    def handle_error(self, request: Any, client_address: tuple) -> None:
-        """A bug outside of any request, or a peer that was gone before setup."""
-        if not isinstance(sys.exc_info()[1], OSError):
+            connection = Connection(its_socket, address, self)
+            with self._lock:
+                self._connections.add(connection)
+            connection.run()
+        except OSError:                                 # the peer was gone before it began
+            pass
+        except Exception:                               # a bug outside of any request
             self.endpoints.log.exception("Unexpected error on a connection")
-
-    def opened(self, connection: Connection) -> None:
-        """Called by a connection at its start."""
-        with self._lock:
-            self._connections.add(connection)
-
-    def closed(self, connection: Connection) -> None:
-        """Called by a connection at its end."""
-        with self._lock:
-            self._connections.discard(connection)
+        finally:
+            with self._lock:                            # before its number is given to another
+                self._connections.discard(connection)
+            with contextlib.suppress(OSError):
+                its_socket.shutdown(socket.SHUT_WR)
+            its_socket.close()
+            self._places.give(address, 1)
 
     @property
     def open_connections(self) -> list:
@@ -7000,10 +6974,10 @@ class Server(ThreadingHTTPServer):
         limits = {Phase.CONNECTED: config.header_timeout, Phase.IDLE: config.idle_timeout,
                   Phase.HEAD: config.header_timeout, Phase.BODY: config.body_timeout,
                   Phase.SEND: config.body_timeout, Phase.LINGER: LINGER_SECONDS}
-        for connection in self.open_connections:
-            connection.expire(now, limits)
-        while self._refused and self._refused[0][0] < now:
-            self._refused.popleft()[1].close()
+        with self._lock:                                # so that none of them is closed meanwhile
+            for connection in self._connections:
+                connection.expire(now, limits)
+        self._close_refused(now)
 
     def stop(self, seconds: float, on_wait: Callable[[str], None] = lambda text: None) -> int:
         """Accept no more, answer what has come, end idle connections; after `seconds` cut all. Returns how
@@ -7016,24 +6990,25 @@ class Server(ThreadingHTTPServer):
         self._wake_sender.close()
         if self._accepting.ident is not None:
             self._accepting.join()
-        self.server_close()
-        while self._count and time.monotonic() < began + seconds:
-            for connection in self.open_connections:
-                connection.end_if_idle()
+        self.close()
+        while self._places.used and time.monotonic() < began + seconds:
+            with self._lock:
+                for connection in self._connections:
+                    connection.end_if_idle()
             if not told and time.monotonic() > began + TELL_WAITING:
                 told = True
                 on_wait(self._waiting_for())
             time.sleep(0.01)
-        cut = self.open_connections
-        for connection in cut:
-            connection.cut()
-        while self._count and time.monotonic() < began + seconds + 1:
+        with self._lock:
+            for connection in self._connections:
+                connection.cut()
+            cut = len(self._connections)
+        while self._places.used and time.monotonic() < began + seconds + 1:
             time.sleep(0.01)
-        if self.poller is not None and not self._count:
+        if self.poller is not None and not self._places.used:
             self.poller.stop()
-        while self._refused:
-            self._refused.popleft()[1].close()
-        return len(cut)
+        self._close_refused(math.inf)
+        return cut
 
     def _waiting_for(self) -> str:
         waiting = [f"{one.address} ({Phase.DOING[one.phase]})" for one in self.open_connections]
@@ -7041,7 +7016,7 @@ class Server(ThreadingHTTPServer):
         plural = "s" * (len(waiting) != 1)
         return f"{len(waiting)} connection{plural}: {', '.join(waiting[:5])}{more}"
 
-    def server_close(self) -> None:
+    def close(self) -> None:
         """Close the listeners."""
         for listener in self.listeners:
             listener.close()
@@ -7359,7 +7334,7 @@ class WebhookServer:
         running = self._running
         # the port first: a busy one must not touch the database
         server = Server(self.config, self._endpoints)
-        running.callback(server.server_close)
+        running.callback(server.close)
         self._endpoints.rules = self._make_rules(self._endpoints, server.loopback)
         running.callback(self._say_stopped)
         if self._callbacks is not None:
