@@ -7814,6 +7814,17 @@ class CallbacksTest(unittest.TestCase):
         callbacks.stop(WAIT, lambda text: None)
         self.assertEqual((self.seen, lines), (list(range(50)), []))
 
+    def test_what_it_missed_is_named_also_when_it_catches_up_during_the_stop(self):
+        callbacks, lines, _ = self.callbacks(waiting=1)
+        self.put(callbacks, 1)
+        until(lambda: self.seen, "the call")
+        self.put(callbacks, *range(2, 6))
+        stopping = threading.Thread(target=callbacks.stop, args=(WAIT, lambda text: self.go_on.set()))
+        stopping.start()
+        stopping.join(WAIT)
+        self.assertEqual((self.seen, lines[1:]), ([1, 2], [
+            "WARNING on_event has caught up; 3 events were not handed to it, from id 3 to 5: read them in the database"]))
+
     def test_stop_before_start_has_nothing_to_do(self):
         receiver.Callbacks(print, mock.Mock()).stop(WAIT, self.fail)
 

@@ -7140,7 +7140,10 @@ class Callbacks:
     def _run(self) -> None:
         while True:
             event = self._queue.get()
-            if event is None or self._given_up:
+            if self._given_up:
+                return
+            if event is None:
+                self._caught_up()
                 return
             self._call = (event.id, self._clock())
             with self._lock:
