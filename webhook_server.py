@@ -7328,8 +7328,9 @@ class WebhookServer:
                 self._start_parts()
             except BaseException as error:
                 self._running.close()
-                if isinstance(error, RuntimeError):         # threading: the system gives no more threads
-                    raise SetupError(f"cannot start: {error}") from None
+                # The system gives no more threads or files
+                if isinstance(error, (RuntimeError, OSError, StoreUnavailable)):
+                    raise SetupError(f"cannot start: {reason_of(error)}") from None
                 raise
         return self
 
