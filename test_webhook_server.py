@@ -6478,6 +6478,17 @@ class LimitTest(HTTPTest):
         self.assertEqual(read_all(used), b"")
         self.assertEqual(read_all(unused), b"")
 
+    def test_each_piece_of_a_large_answer_has_its_own_time(self):
+        """Else who reads slowly, but reads, would never get a large event."""
+        data = bytes(range(256)) * 1000
+        connection = mock.Mock(close_connection=False)
+        self.assertTrue(receiver.Connection.send(connection, data))
+        sent = [call.args[0] for call in connection.socket.sendall.call_args_list]
+        self.assertEqual(b"".join(sent), data)
+        self.assertLessEqual(max(map(len, sent)), receiver.PIECE)
+        self.assertEqual([call.args for call in connection.enter.call_args_list],
+                         [(receiver.Phase.SEND,)] * len(sent) + [(receiver.Phase.WORK,)])
+
     def test_a_reader_that_takes_nothing_is_let_go(self):
         server = self.start(body_timeout=0.3, max_connections=1)
         deaf = self.connect(server)

@@ -6736,9 +6736,11 @@ class Connection:
     def send(self, data: bytes, phase_after: int = Phase.WORK) -> bool:
         """Send all of `data` after what is owed; False when the peer is gone or does not read."""
         self.outbox.settle()
-        self.enter(Phase.SEND)
+        view = memoryview(data)
         try:
-            self.socket.sendall(data)
+            for at in range(0, len(data), PIECE):       # each has its time, so who reads slowly gets all
+                self.enter(Phase.SEND)
+                self.socket.sendall(view[at:at + PIECE])
         except OSError:
             self.close_connection = True
             return False
