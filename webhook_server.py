@@ -6773,6 +6773,7 @@ class Connection:
     def end_if_idle(self) -> None:
         """Called by a stop: nothing more has to come."""
         if self.phase in (Phase.CONNECTED, Phase.IDLE):
+            self.was_cut = True                         # a head may have begun just now
             self.shut_down(reading_only=True)
 
     def cut(self) -> None:
