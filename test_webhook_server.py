@@ -6571,6 +6571,20 @@ class LimitTest(HTTPTest):
         connection.shutdown(socket.SHUT_WR)
         self.assertEqual(statuses(read_all(connection)), [200] * 1001)
 
+    def test_very_many_chunks_are_decoded_in_turn_and_a_few_wait_for_nobody(self):
+        server, feed, in_turn = self.start(), receiver.ChunkedBody.feed, []
+
+        def watched(decoder, data):
+            in_turn.append((len(data) + decoder.kept > receiver.ORDINARY_BODY, server._endpoints.heavy._turn.locked()))
+            feed(decoder, data)
+        head = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
+        body = json.dumps(event()).encode()
+        with mock.patch.object(receiver.ChunkedBody, "feed", watched):
+            for size, status in ((len(body), 200), (100000, 409)):
+                pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body.ljust(size))
+                self.assertEqual(self.talk_statuses(server, head + pieces + b"0\r\n\r\n"), [status])
+        self.assertEqual(set(in_turn), {(False, False), (True, True)})
+
     def test_whatever_ends_a_request_gives_back_what_it_used_of_a_budget(self):
         server = self.start(max_body=200000, header_timeout=WAIT, body_timeout=0.2)
         insert_rows(self.database, 3000, "printf('%03000d', value)")

@@ -6541,10 +6541,9 @@ class Inbox:
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", Phase.BODY)
         if head.chunked:
             decoder = ChunkedBody(self._endpoints.rules.limits)
-            decoder.feed(begun)
+            self._decode(decoder, begun)
             while decoder.rest is None:
-                decoder.feed(self._recv_body(decoder.kept))
-                self._count(decoder.kept)
+                self._decode(decoder, self._recv_body(decoder.kept))
             self._buffer = decoder.rest
             return bytes(decoder.body)
         body = bytearray(begun)
@@ -6561,6 +6560,15 @@ class Inbox:
         if not piece:
             raise self._ended("body", self._server.config.body_timeout)
         return piece
+
+    def _decode(self, decoder: ChunkedBody, data: bytes) -> None:
+        """Decode more of a body; what is much may be very many chunks, and waits for its turn."""
+        if decoder.kept + len(data) > ORDINARY_BODY:
+            with self._endpoints.heavy:
+                decoder.feed(data)
+        else:
+            decoder.feed(data)
+        self._count(decoder.kept)
 
     def _count(self, have: int) -> None:
         """Count what we keep of a body beyond an ordinary one. Raises Busy."""
