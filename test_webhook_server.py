@@ -33,6 +33,7 @@ import threading
 import time
 import unittest
 import weakref
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PureWindowsPath
 from unittest import mock
 
@@ -5278,7 +5279,7 @@ class RoutingTest(unittest.TestCase):
 
     def test_the_date_is_that_of_the_rfc_in_every_second(self):
         for second in (1, 951782400, 951782400 + 86399, 1736518995, 4102444799):
-            self.assertEqual(receiver.http_date(second), receiver.BaseHTTPRequestHandler.date_time_string(None, second))
+            self.assertEqual(receiver.http_date(second), BaseHTTPRequestHandler.date_time_string(None, second))
 
 
 class RulesTest(unittest.TestCase):
@@ -6477,6 +6478,17 @@ class LimitTest(HTTPTest):
         self.assertEqual(read_all(used), b"")
         self.assertEqual(read_all(unused), b"")
 
+    def test_each_piece_of_a_large_answer_has_its_own_time(self):
+        """Else who reads slowly, but reads, would never get a large event."""
+        data = bytes(range(256)) * 1000
+        connection = mock.Mock(close_connection=False)
+        self.assertTrue(receiver.Connection.send(connection, data))
+        sent = [call.args[0] for call in connection.socket.sendall.call_args_list]
+        self.assertEqual(b"".join(sent), data)
+        self.assertLessEqual(max(map(len, sent)), receiver.PIECE)
+        self.assertEqual([call.args for call in connection.enter.call_args_list],
+                         [(receiver.Phase.SEND,)] * len(sent) + [(receiver.Phase.WORK,)])
+
     def test_a_reader_that_takes_nothing_is_let_go(self):
         server = self.start(body_timeout=0.3, max_connections=1)
         deaf = self.connect(server)
@@ -6522,7 +6534,7 @@ class LimitTest(HTTPTest):
         slow.sendall(begun[:1000])
         until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the first body")
         slow.sendall(begun[1000:60000])
-        until(lambda: server._server.large._used >= 59000, "the rest of it")
+        until(lambda: server._server.large.used >= 59000 - receiver.ORDINARY_BODY, "the rest of it")
         chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"ea60\r\n"
         for head, body in ((begun[:1000], begun[1000:]), (chunked, b" " * 60000)):
             connection = self.connect(server)
@@ -6535,8 +6547,43 @@ class LimitTest(HTTPTest):
         self.assertEqual(self.post(server, event(appointment_id="small")).status, 200)
         slow.sendall(begun[60000:])
         self.assertEqual(self.read_answer(slow).status, 200)
-        until(lambda: not server._server.large._used, "what was held")
+        until(lambda: not server._server.large.used, "what was held")
         self.assertEqual(self.talk_statuses(server, begun), [409])
+
+    def test_what_is_kept_of_a_large_body_is_counted_however_it_comes_and_nothing_else(self):
+        server = self.start(max_body=100000)
+        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
+        with mock.patch.object(receiver, "PIECE", 4000):                # bytes of one recv
+            slow = self.connect(server)
+            slow.sendall(chunked + b"186a0\r\n" + b" " * 99000)         # half a chunk
+            until(lambda: server._server.large.used > 90000, "what it keeps")
+            slow.close()
+            until(lambda: not server._server.large.used, "what was held")
+            server._server.large = receiver.Budget(200000)              # half of it is one body of the greatest size
+            body = json.dumps(event()).encode().ljust(100000)
+            pieces = b"".join(b"a\r\n%b\r\n" % body[at:at + 10] for at in range(0, len(body), 10))
+            self.assertEqual(self.talk_statuses(server, chunked + pieces + b"0\r\n\r\n"), [200])
+        server._server.large = receiver.Budget(0)
+        connection, data = self.connect(server), post_bytes(event(appointment_id="small"))
+        connection.sendall(data[:-5])
+        until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the body")
+        connection.sendall(data[-5:] + head_bytes() * 1000)             # what follows it is not its body
+        connection.shutdown(socket.SHUT_WR)
+        self.assertEqual(statuses(read_all(connection)), [200] * 1001)
+
+    def test_very_many_chunks_are_decoded_in_turn_and_a_few_wait_for_nobody(self):
+        server, feed, in_turn = self.start(), receiver.ChunkedBody.feed, []
+
+        def watched(decoder, data):
+            in_turn.append((len(data) + decoder.kept > receiver.ORDINARY_BODY, server._endpoints.heavy._turn.locked()))
+            feed(decoder, data)
+        head = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
+        body = json.dumps(event()).encode()
+        with mock.patch.object(receiver.ChunkedBody, "feed", watched):
+            for size, status in ((len(body), 200), (100000, 409)):
+                pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body.ljust(size))
+                self.assertEqual(self.talk_statuses(server, head + pieces + b"0\r\n\r\n"), [status])
+        self.assertEqual(set(in_turn), {(False, False), (True, True)})
 
     def test_whatever_ends_a_request_gives_back_what_it_used_of_a_budget(self):
         server = self.start(max_body=200000, header_timeout=WAIT, body_timeout=0.2)
@@ -6578,7 +6625,7 @@ class LimitTest(HTTPTest):
         until(lambda: not server._server.open_connections, "the end of the connection")
         self.assertTrue(taken.called)
         for budget in (server._server.reads, server._server.large):
-            self.assertEqual((budget._used, budget._by_address), (0, {}))
+            self.assertEqual((budget.used, budget._by_address), (0, {}))
 
     def test_a_sender_that_pipelines_without_end_waits_for_its_answers(self):
         """Else its answers would pile up in the store."""
@@ -6617,6 +6664,19 @@ class LimitTest(HTTPTest):
         until(lambda: not server._server.open_connections, "the end of the connection")
         self.assertTrue(handler.timed_out)
         self.assertEqual(self.post(server, event(appointment_id="A2")).status, 200)
+
+    @unittest.skipUnless(receiver.SENDS_AT_ONCE, "here each connection's own thread sends its answers")
+    def test_who_takes_too_long_to_send_and_reads_no_answer_is_let_go_all_the_same(self):
+        server = self.start(header_timeout=0.3, body_timeout=1)
+        connection = self.connect(server)
+        connection.sendall(post_bytes(event()))
+        self.read_answer(connection)
+        handler, = server._server.open_connections
+        handler.outbox.promised += 1
+        handler.outbox.send(b"x" * 50000000)            # more than any socket's buffer takes
+        connection.sendall(b"GET /hea")                 # its 408 has to wait for what nobody takes
+        until(lambda: handler.timed_out, "the end of its time")
+        until(lambda: not server._server.open_connections, "the end of the connection")
 
     @unittest.skipUnless(POSIX, "needs 600 open files in one process")
     def test_300_slow_senders_are_not_felt_by_a_good_one(self):
@@ -7040,6 +7100,20 @@ class ShutdownTest(HTTPTest):
         answer, = answers_in(read_all(waiting[0]))
         self.assertEqual(self.proper(answer).status, 200)
 
+    def test_who_connects_without_end_does_not_keep_the_service_from_stopping(self):
+        server = self.start(shutdown_timeout=WAIT)
+        with mock.patch.object(server._server, "_accept_one", return_value=True) as accept:
+            self.connect(server)                        # wakes the thread that accepts
+            until(lambda: accept.called, "the connection")
+            server.stop()
+        self.assertGreater(accept.call_count, server._server.BACKLOG)       # all that the system has taken for us
+
+    def test_a_connection_that_is_gone_before_it_is_accepted_does_not_hide_those_behind_it(self):
+        server = self.start()
+        gone = mock.Mock(accept=mock.Mock(side_effect=OSError(errno.ECONNABORTED, "gone")))
+        empty = mock.Mock(accept=mock.Mock(side_effect=BlockingIOError(errno.EAGAIN, "empty")))
+        self.assertEqual([server._server._accept_one(listener) for listener in (gone, empty)], [True, False])
+
     def test_to_look_for_what_has_come_leaves_no_timeout_behind_that_would_cut_an_answer(self):
         for by_writer in sorted({receiver.SENDS_AT_ONCE, False}):
             with self.subTest(by_writer), mock.patch.object(receiver, "SENDS_AT_ONCE", by_writer):
@@ -7087,14 +7161,18 @@ class ShutdownTest(HTTPTest):
     def test_what_we_cut_is_not_blamed_on_its_sender(self):
         server = self.start()
         chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
-        for begun in (post_bytes(event())[:-1], b"GET /health HTT", chunked + b"5\r\nab"):
+        for begun in (post_bytes(event())[:-1], b"GET /health HTT", b"POST / HTT", chunked + b"5\r\nab"):
             connection = self.connect(server)
             connection.sendall(begun)
             handler = until(lambda: server._server.open_connections, "the connection")[0]
             until(lambda: handler.phase in (receiver.Phase.HEAD, receiver.Phase.BODY), "what has come")
-            handler.cut()
+            if begun.startswith(b"GET"):                # what a stop may have seen just before
+                handler.phase = receiver.Phase.IDLE
+                handler.end_if_idle()
+            else:
+                handler.cut()
             until(lambda: not server._server.open_connections, "its end")
-        self.assertEqual(re.findall(r" (\d{3}) (The \w+)", self.log_text(server)), [("503", "The service")] * 3)
+        self.assertEqual(re.findall(r" (\d{3}) (The \w+)", self.log_text(server)), [("503", "The service")] * 4)
 
     def test_no_answer_is_lost_or_halved_when_a_load_is_stopped(self):
         server = self.start(shutdown_timeout=WAIT)
@@ -7479,6 +7557,13 @@ class EmbeddingTest(RunningTest):
                 self.assertEqual(our_threads(), [])
                 self.assertNotIn("Service stopped", (self.folder / "server.log").read_text())
                 self.assertEqual(open_files(), before)
+        for part, name, error in ((receiver.select, "epoll", OSError(errno.EMFILE, "Too many open files")),
+                                  (WebhookServer, "_contents", StoreUnavailable("Too many open files"))):
+            with self.subTest(fails=name), mock.patch.object(part, name, side_effect=error, create=True), \
+                    mock.patch.object(receiver, "SENDS_AT_ONCE", True):
+                self.assertRaisesRegex(SetupError, "cannot start: Too many open files",
+                                       WebhookServer(self.config()).start)
+                self.assertEqual((our_threads(), open_files()), ([], before))
         with WebhookServer(self.config(), on_event=print) as server:
             self.assertEqual(self.call(server, path="/health").status, 200)
 
@@ -7764,6 +7849,17 @@ class CallbacksTest(unittest.TestCase):
         self.put(callbacks, *range(50))
         callbacks.stop(WAIT, lambda text: None)
         self.assertEqual((self.seen, lines), (list(range(50)), []))
+
+    def test_what_it_missed_is_named_also_when_it_catches_up_during_the_stop(self):
+        callbacks, lines, _ = self.callbacks(waiting=1)
+        self.put(callbacks, 1)
+        until(lambda: self.seen, "the call")
+        self.put(callbacks, *range(2, 6))
+        stopping = threading.Thread(target=callbacks.stop, args=(WAIT, lambda text: self.go_on.set()))
+        stopping.start()
+        stopping.join(WAIT)
+        self.assertEqual((self.seen, lines[1:]), ([1, 2], [
+            "WARNING on_event has caught up; 3 events were not handed to it, from id 3 to 5: read them in the database"]))
 
     def test_stop_before_start_has_nothing_to_do(self):
         receiver.Callbacks(print, mock.Mock()).stop(WAIT, self.fail)

@@ -78,7 +78,6 @@ try:
     from collections import Counter, deque
     from datetime import datetime, timedelta, timezone
     from decimal import Decimal
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from json.encoder import encode_basestring_ascii
     from pathlib import Path, PurePath
     from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
@@ -5397,6 +5396,11 @@ class ChunkedBody:
         self.body = bytearray()
         self.rest: Optional[bytes] = None
 
+    @property
+    def kept(self) -> int:
+        """How many bytes it holds: of the body, and of what is not decoded yet."""
+        return len(self.body) + len(self._buffer)
+
     def feed(self, data: bytes) -> None:
         """Take more bytes. Raises Malformed (400, 413, 431)."""
         buffer, at = self._buffer, 0
@@ -5420,7 +5424,7 @@ class ChunkedBody:
             line, at = bytes(buffer[at:end]), end + 2
             if self._in_trailer:
                 if not self._trailer_line(line):
-                    self.rest = bytes(buffer[at:])
+                    self.rest, at = bytes(buffer[at:]), len(buffer)
             else:
                 self._size_line(line)
         del buffer[:at]
@@ -6239,11 +6243,11 @@ class Phase:
 
 
 class Budget:
-    """How much of something may be in use at once: `most` in all, and half of it for one address."""
+    """How much of something may be in use at once: `most` in all, and for one address `each`, or half of it."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._used = 0
+    def __init__(self, most: int, each: int = 0) -> None:
+        self.used = 0
+        self._most, self._each = most, each or (most + 1) // 2
         self._by_address: dict = {}
         self._lock = threading.Lock()
 
@@ -6251,16 +6255,16 @@ class Budget:
         """Use `amount` more, or False: it is too much."""
         with self._lock:
             mine = self._by_address.get(address, 0) + amount
-            if self._used + amount > self._most or mine > (self._most + 1) // 2:
+            if self.used + amount > self._most or mine > self._each:
                 return False
-            self._used += amount
+            self.used += amount
             self._by_address[address] = mine
             return True
 
     def give(self, address: str, amount: int) -> None:
         """Use `amount` less."""
         with self._lock:
-            self._used -= amount
+            self.used -= amount
             self._by_address[address] -= amount
             if not self._by_address[address]:
                 del self._by_address[address]
@@ -6502,7 +6506,6 @@ class Inbox:
             request.body, self._buffer = buffer[end:at], buffer[at:]
         if self._buffer:
             self.pipelined = True
-        self._connection.phase = Phase.WORK
 
     def recv(self) -> bytes:
         """What the peer sent, b"" when it ended, broke, or took too long."""
@@ -6566,29 +6569,40 @@ class Inbox:
             self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", Phase.BODY)
         if head.chunked:
             decoder = ChunkedBody(self._endpoints.rules.limits)
-            decoder.feed(begun)
+            self._decode(decoder, begun)
             while decoder.rest is None:
-                decoder.feed(self._recv_body(len(decoder.body)))
+                self._decode(decoder, self._recv_body(decoder.kept))
             self._buffer = decoder.rest
             return bytes(decoder.body)
-        pieces, size = [begun], len(begun)
-        while size < head.length:
-            pieces.append(self._recv_body(size))
-            size += len(pieces[-1])
-        body = b"".join(pieces)
-        self._buffer = body[head.length:]
-        return body[:head.length]
+        body = bytearray(begun)
+        while len(body) < head.length:
+            body += self._recv_body(len(body))
+            self._count(min(len(body), head.length))
+        self._buffer = bytes(body[head.length:])
+        return bytes(body[:head.length])
 
     def _recv_body(self, have: int) -> bytes:
-        """More of a body of which we have `have` bytes: a large one is counted as it comes."""
+        """More of a body of which we have `have` bytes."""
         # An ordinary event that comes in two packets waits for nobody's turn
         piece = self.recv() if have <= ORDINARY_BODY else self.recv_in_turn()
         if not piece:
             raise self._ended("body", self._server.config.body_timeout)
-        if have + len(piece) > ORDINARY_BODY:
-            self._connection.hold(self._server.large, len(piece),
-                                  "Too many large bodies are being received; try again", close=True)
         return piece
+
+    def _decode(self, decoder: ChunkedBody, data: bytes) -> None:
+        """Decode more of a body; what is much may be very many chunks, and waits for its turn."""
+        if decoder.kept + len(data) > ORDINARY_BODY:
+            with self._endpoints.heavy:
+                decoder.feed(data)
+        else:
+            decoder.feed(data)
+        self._count(decoder.kept)
+
+    def _count(self, have: int) -> None:
+        """Count what we keep of a body beyond an ordinary one. Raises Busy."""
+        if have > ORDINARY_BODY:
+            self._connection.hold(self._server.large, have - ORDINARY_BODY,
+                                  "Too many large bodies are being received; try again", close=True)
 
     def _ended(self, part: str, limit: float) -> Refusal:
         if self._connection.was_cut:
@@ -6598,50 +6612,45 @@ class Inbox:
         return Malformed(400, f"The connection ended before the whole {part} had come")
 
 
-class Connection(BaseHTTPRequestHandler):
+class Connection:
     """One connection, in a thread of its own: reads requests strictly, has them answered, sends.
 
     Between requests the thread is parked and the poller reads; it wakes this thread for all but ordinary
     events.
     """
 
-    def setup(self) -> None:
-        """Called once, before handle()."""
+    def __init__(self, its_socket: socket.socket, address: str, server: Server) -> None:
+        """Raises OSError when the peer is gone already."""
         # For the life of the connection
-        self.socket = self.request
+        self.socket, self.address, self.server = its_socket, address, server
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.address = self.client_address[0]
-        self.endpoints: Endpoints = self.server.endpoints
+        self.endpoints = server.endpoints
         self.inbox, self.outbox = Inbox(self), Outbox(self)
         self.close_connection = False
         self.lingers = False            # whether it lets the peer finish sending before it closes
         self.timed_out = self.was_cut = False  # set by the clock, or by stop(), which then end our recv
         # For the request that is being read
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
-        self._held: list = []                           # (budget, amount) that it uses
-        self.server.opened(self)
+        self._held: dict = {}                           # Budget: how much it uses of it
 
-    def finish(self) -> None:
-        """Called once after handle(). Nobody may still want to send when the socket is closed: its number is
-        reused."""
+    def run(self) -> None:
+        """Requests until one side closes; at its end nobody wants to send any more."""
         try:
-            self.outbox.settle()
+            while not self.close_connection:
+                self._run_one()
+            if self.lingers and self.server.lingering.take(self.address, 1):
+                try:
+                    self._linger()
+                finally:
+                    self.server.lingering.give(self.address, 1)
         finally:
-            self.server.closed(self)
-
-    def handle(self) -> None:
-        """Requests until one side closes."""
-        while not self.close_connection:
-            self.handle_one_request()
-        if self.lingers and self.server.lingering.take(self.address, 1):
-            self._linger()
-            self.server.lingering.give(self.address, 1)
+            self.outbox.settle()
 
     def enter(self, phase: int) -> None:
         """From now on the connection waits for something else."""
-        self.phase, self.since = phase, time.monotonic()
+        self.since, self.phase = time.monotonic(), phase    # in this order: expire() may look in between
 
-    def handle_one_request(self) -> None:
+    def _run_one(self) -> None:
         """Read one request and have it answered."""
         if self.outbox.is_full:
             self.outbox.settle()
@@ -6656,13 +6665,14 @@ class Connection(BaseHTTPRequestHandler):
                 self._respond(request, response)
         finally:
             while self._held:
-                budget, amount = self._held.pop()
+                budget, amount = self._held.popitem()
                 budget.give(self.address, amount)
 
     def _answer_to(self, request: Request, buffer: bytes) -> Optional[Response]:
         """As _serve, reading the request first; never raises."""
         try:
             self.inbox.read(request, buffer)
+            self.phase = Phase.WORK
             return self._serve(request)
         except Exception as error:
             return self.endpoints.failed(request, error)
@@ -6691,10 +6701,10 @@ class Connection(BaseHTTPRequestHandler):
         return self.endpoints.answer_to_event(request, outcome)
 
     def hold(self, budget: Budget, amount: int, message: str, close: bool = False) -> None:
-        """Use so much of a budget until the request is answered. Raises Busy."""
-        if not budget.take(self.address, amount):
+        """Use `amount` of a budget, all in all, until the request is answered. Raises Busy."""
+        if not budget.take(self.address, amount - self._held.get(budget, 0)):
             raise Busy(message, close)
-        self._held.append((budget, amount))
+        self._held[budget] = amount
 
     # -- answering
 
@@ -6762,9 +6772,11 @@ class Connection(BaseHTTPRequestHandler):
     def send(self, data: bytes, phase_after: int = Phase.WORK) -> bool:
         """Send all of `data` after what is owed; False when the peer is gone or does not read."""
         self.outbox.settle()
-        self.enter(Phase.SEND)
+        view = memoryview(data)
         try:
-            self.socket.sendall(data)
+            for at in range(0, len(data), PIECE):       # each has its time, so who reads slowly gets all
+                self.enter(Phase.SEND)
+                self.socket.sendall(view[at:at + PIECE])
         except OSError:
             self.close_connection = True
             return False
@@ -6790,13 +6802,14 @@ class Connection(BaseHTTPRequestHandler):
         """Called by the clock: end what has waited longer than limits[phase]. Its own thread then answers or
         closes."""
         phase, deaf = self.phase, self.outbox.is_stuck(now, limits[Phase.SEND])
-        if (deaf or phase in limits and now - self.since > limits[phase]) and not self.timed_out:
-            self.timed_out = True
+        if deaf or phase in limits and now - self.since > limits[phase]:
+            self.timed_out = True                       # again and again: who was slow may be deaf as well
             self.shut_down(reading_only=phase != Phase.SEND and not deaf)
 
     def end_if_idle(self) -> None:
         """Called by a stop: nothing more has to come."""
         if self.phase in (Phase.CONNECTED, Phase.IDLE):
+            self.was_cut = True                         # a head may have begun just now
             self.shut_down(reading_only=True)
 
     def cut(self) -> None:
@@ -6813,13 +6826,10 @@ class Connection(BaseHTTPRequestHandler):
             self.socket.shutdown(half)
 
 
-class Server(ThreadingHTTPServer):
+class Server:
     """Accepts connections within the limits, watches their times, ends them."""
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 1024
-    allow_reuse_address = os.name == "posix"            # on Windows it would let two servers share a port
+    BACKLOG = 1024          # connections that the system takes for us before we accept them
     STACK = 1024 * 1024  # bytes: 512 connections must not want 4 GiB; musl's 128 KiB is short
     STACK_LOCK = threading.Lock()
 
@@ -6829,21 +6839,16 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.reads, self.large = Budget(READS), Budget(max(LARGE_BYTES, 2 * config.max_body))
         self.lingering = Budget(LINGERING)
+        self._places = Budget(config.max_connections, config.max_connections_per_address)
         self.poller: Optional[Poller] = None
         self._lock = threading.Lock()
         self._connections: set = set()
-        self._count = 0
-        self._by_address: dict = {}
         self._refused: deque = deque()                  # (when to close it, socket)
         self._told_full_at = 0.0
         self._accepting = threading.Thread(target=self._accept, name="webhook-accept", daemon=True)
-        super().__init__(("", 0), Connection, bind_and_activate=False)
-        self.socket.close()                             # made by the base class, for one address
         self.listeners = self._listen()
         self._wake_receiver, self._wake_sender = socket.socketpair()
-        self.socket = self.listeners[0]
-        self.server_address = self.socket.getsockname()
-        host, self.port = self.server_address[:2]
+        host, self.port = self.listeners[0].getsockname()[:2]
         self.loopback = all(LOOPBACK.fullmatch(one.getsockname()[0]) for one in self.listeners)
         if len(self.listeners) > 1:
             host = config.host
@@ -6880,10 +6885,10 @@ class Server(ThreadingHTTPServer):
                 # "::" takes IPv4 too; beside other listeners each takes its own family
                 with contextlib.suppress(OSError, AttributeError):
                     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-            if self.allow_reuse_address:
+            if os.name == "posix":                      # on Windows it would let two servers share a port
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(self.request_queue_size)
+            listener.listen(self.BACKLOG)
         except OSError:
             listener.close()
             raise
@@ -6908,8 +6913,9 @@ class Server(ThreadingHTTPServer):
                     if key.fileobj is not self._wake_receiver:
                         self._accept_one(key.fileobj)
         for listener in self.listeners:  # closing the listener would reset what the system has accepted
-            while self._accept_one(listener):
-                pass
+            for _ in range(self.BACKLOG + 1):           # no more: others may come without end
+                if not self._accept_one(listener):
+                    break
             listener.close()
 
     def _accept_one(self, listener: socket.socket) -> bool:
@@ -6920,38 +6926,29 @@ class Server(ThreadingHTTPServer):
                 self._tell_full(f"cannot accept connections: {error.strerror}; raise the limit of open files "
                                 "(ulimit -n)")
                 time.sleep(0.05)                        # the connection stays in the queue; do not spin on it
-            return False
+            return error.errno == errno.ECONNABORTED    # that one is gone, more may wait
         connection.setblocking(True)
         host = address[0]
         if host.startswith("::ffff:"):                  # IPv4 on a listener that takes both
             host = host[7:]
-        self.process_request(connection, (host,) + address[1:])
+        self._admit(connection, host)
         return True
 
-    def process_request(self, request: socket.socket, client_address: tuple) -> None:
+    def _admit(self, connection: socket.socket, address: str) -> None:
         """Start a thread for a connection, or refuse it when there are too many."""
-        config, address, reason = self.config, client_address[0], ""
-        with self._lock:
-            mine = self._by_address.get(address, 0)
-            if self._count >= config.max_connections:
-                reason = "There are too many connections"
-            elif mine >= config.max_connections_per_address:
-                reason = "There are too many connections from your address"
-            else:
-                self._count += 1
-                self._by_address[address] = mine + 1
-        if not reason:
+        reason = "There are too many connections"
+        if self._places.take(address, 1):
             try:
-                self._start_thread(request, client_address)
+                self._start_thread(connection, address)
                 return
             except RuntimeError:                        # the system gives no more threads
-                self._forget(address)
-                reason = "There are too many connections"
-        self._refuse(request, address, reason)
+                self._places.give(address, 1)
+        elif self._places.used < self.config.max_connections:
+            reason += " from your address"
+        self._refuse(connection, address, reason)
 
-    def _start_thread(self, request: socket.socket, client_address: tuple) -> None:
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address),
-                                  daemon=True)
+    def _start_thread(self, connection: socket.socket, address: str) -> None:
+        thread = threading.Thread(target=self._serve, args=(connection, address), daemon=True)
         with self.STACK_LOCK:  # the size is the whole process's: for all services in it
             before = threading.stack_size(self.STACK)
             try:
@@ -6967,44 +6964,40 @@ class Server(ThreadingHTTPServer):
             connection.setblocking(False)
             connection.send(encode(response, head, request_id, endpoints.date(), {}, True))
             connection.shutdown(socket.SHUT_WR)
-        self._tell_full(f"{reason}: refused one from {address} ({self._count} are open)")
+        self._tell_full(f"{reason}: refused one from {address} ({self._places.used} are open)")
         self._refused.append((time.monotonic() + 1, connection))
-        while len(self._refused) > REFUSED_KEPT:
-            self._refused.popleft()[1].close()
+        self._close_refused(0.0)
+
+    def _close_refused(self, before: float) -> None:
+        """Close the refused ones whose time ended `before`, and the oldest where there are too many."""
+        with self._lock:
+            while self._refused and (self._refused[0][0] < before or len(self._refused) > REFUSED_KEPT):
+                self._refused.popleft()[1].close()
 
     def _tell_full(self, message: str) -> None:
         if time.monotonic() - self._told_full_at > 1:   # once a second: an attack must not fill the log
             self._told_full_at = time.monotonic()
             self.endpoints.log.line("WARNING", message)
 
-    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
-        """A connection from setup to close, on its own thread."""
+    def _serve(self, its_socket: socket.socket, address: str) -> None:
+        """A connection from its first byte to its close, on its own thread."""
+        connection = None
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._forget(client_address[0])
-
-    def _forget(self, address: str) -> None:
-        with self._lock:
-            self._count -= 1
-            self._by_address[address] -= 1
-            if not self._by_address[address]:
-                del self._by_address[address]
-
-    def handle_error(self, request: Any, client_address: tuple) -> None:
-        """A bug outside of any request, or a peer that was gone before setup."""
-        if not isinstance(sys.exc_info()[1], OSError):
+            connection = Connection(its_socket, address, self)
+            with self._lock:
+                self._connections.add(connection)
+            connection.run()
+        except OSError:                                 # the peer was gone before it began
+            pass
+        except Exception:                               # a bug outside of any request
             self.endpoints.log.exception("Unexpected error on a connection")
-
-    def opened(self, connection: Connection) -> None:
-        """Called by a connection at its start."""
-        with self._lock:
-            self._connections.add(connection)
-
-    def closed(self, connection: Connection) -> None:
-        """Called by a connection at its end."""
-        with self._lock:
-            self._connections.discard(connection)
+        finally:
+            with self._lock:                            # before its number is given to another
+                self._connections.discard(connection)
+            with contextlib.suppress(OSError):
+                its_socket.shutdown(socket.SHUT_WR)
+            its_socket.close()
+            self._places.give(address, 1)
 
     @property
     def open_connections(self) -> list:
@@ -7020,10 +7013,10 @@ class Server(ThreadingHTTPServer):
         limits = {Phase.CONNECTED: config.header_timeout, Phase.IDLE: config.idle_timeout,
                   Phase.HEAD: config.header_timeout, Phase.BODY: config.body_timeout,
                   Phase.SEND: config.body_timeout, Phase.LINGER: LINGER_SECONDS}
-        for connection in self.open_connections:
-            connection.expire(now, limits)
-        while self._refused and self._refused[0][0] < now:
-            self._refused.popleft()[1].close()
+        with self._lock:                                # so that none of them is closed meanwhile
+            for connection in self._connections:
+                connection.expire(now, limits)
+        self._close_refused(now)
 
     def stop(self, seconds: float, on_wait: Callable[[str], None] = lambda text: None) -> int:
         """Accept no more, answer what has come, end idle connections; after `seconds` cut all. Returns how
@@ -7036,24 +7029,25 @@ class Server(ThreadingHTTPServer):
         self._wake_sender.close()
         if self._accepting.ident is not None:
             self._accepting.join()
-        self.server_close()
-        while self._count and time.monotonic() < began + seconds:
-            for connection in self.open_connections:
-                connection.end_if_idle()
+        self.close()
+        while self._places.used and time.monotonic() < began + seconds:
+            with self._lock:
+                for connection in self._connections:
+                    connection.end_if_idle()
             if not told and time.monotonic() > began + TELL_WAITING:
                 told = True
                 on_wait(self._waiting_for())
             time.sleep(0.01)
-        cut = self.open_connections
-        for connection in cut:
-            connection.cut()
-        while self._count and time.monotonic() < began + seconds + 1:
+        with self._lock:
+            for connection in self._connections:
+                connection.cut()
+            cut = len(self._connections)
+        while self._places.used and time.monotonic() < began + seconds + 1:
             time.sleep(0.01)
-        if self.poller is not None and not self._count:
+        if self.poller is not None and not self._places.used:
             self.poller.stop()
-        while self._refused:
-            self._refused.popleft()[1].close()
-        return len(cut)
+        self._close_refused(math.inf)
+        return cut
 
     def _waiting_for(self) -> str:
         waiting = [f"{one.address} ({Phase.DOING[one.phase]})" for one in self.open_connections]
@@ -7061,7 +7055,7 @@ class Server(ThreadingHTTPServer):
         plural = "s" * (len(waiting) != 1)
         return f"{len(waiting)} connection{plural}: {', '.join(waiting[:5])}{more}"
 
-    def server_close(self) -> None:
+    def close(self) -> None:
         """Close the listeners."""
         for listener in self.listeners:
             listener.close()
@@ -7185,7 +7179,10 @@ class Callbacks:
     def _run(self) -> None:
         while True:
             event = self._queue.get()
-            if event is None or self._given_up:
+            if self._given_up:
+                return
+            if event is None:
+                self._caught_up()
                 return
             self._call = (event.id, self._clock())
             with self._lock:
@@ -7370,8 +7367,9 @@ class WebhookServer:
                 self._start_parts()
             except BaseException as error:
                 self._running.close()
-                if isinstance(error, RuntimeError):         # threading: the system gives no more threads
-                    raise SetupError(f"cannot start: {error}") from None
+                # The system gives no more threads or files
+                if isinstance(error, (RuntimeError, OSError, StoreUnavailable)):
+                    raise SetupError(f"cannot start: {reason_of(error)}") from None
                 raise
         return self
 
@@ -7379,7 +7377,7 @@ class WebhookServer:
         running = self._running
         # the port first: a busy one must not touch the database
         server = Server(self.config, self._endpoints)
-        running.callback(server.server_close)
+        running.callback(server.close)
         self._endpoints.rules = self._make_rules(self._endpoints, server.loopback)
         running.callback(self._say_stopped)
         if self._callbacks is not None:
