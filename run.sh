@@ -49,6 +49,5 @@ fi
 case "${1:-start}" in
     start) [ $# -eq 0 ] || shift; exec "$PYTHON" "$here/webhook_server.py" "$@" ;;
     test) shift; exec "$PYTHON" "$here/test_webhook_server.py" "$@" ;;
-    help) exec "$PYTHON" "$here/webhook_server.py" --help ;;
     *) exec "$PYTHON" "$here/webhook_server.py" "$@" ;;
 esac

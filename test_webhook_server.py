@@ -288,7 +288,7 @@ class ConfigTest(unittest.TestCase):
 
     def test_an_empty_variable_counts_as_not_set(self):
         self.assertEqual(Config.read({}, {"WEBHOOK_PORT": ""}).port, 8000)
-        self.assertEqual(receiver.strange_variables({"WEBHOOK_PORT": "", "WEBHOOK_PROT": ""}), [])
+        self.assertEqual(receiver.strange_variables({}, {"WEBHOOK_PORT": "", "WEBHOOK_PROT": ""}), [])
 
     def test_what_kubernetes_and_docker_set_for_a_service_called_webhook_is_no_setting(self):
         links = {"WEBHOOK_PORT": "tcp://10.96.0.12:8000", "WEBHOOK_SERVICE_HOST": "10.96.0.12",
@@ -300,10 +300,12 @@ class ConfigTest(unittest.TestCase):
                  "WEBHOOK_LOG_PORT": "tcp://10.96.0.13:80", "WEBHOOK_LOG_SERVICE_HOST": "10.96.0.13"}
         self.assertEqual(Config.read({}, links), Config())
         self.assertEqual(Config.read({"port": "9000"}, links).port, 9000)
-        warning, = receiver.strange_variables(links)
+        warning, = receiver.strange_variables({}, links)
         for word in ("WEBHOOK_PORT=tcp://10.96.0.12:8000 is not taken", "Kubernetes", "--port"):
             self.assertIn(word, warning)
-        self.assertEqual(receiver.strange_variables({"WEBHOOK_PORT": "9000"}), [])
+        self.assertEqual(receiver.strange_variables({"port": "9000"}, links), [])      # the flag wins anyway
+        self.assertEqual(receiver.strange_variables({"port": None, "host": "::1"}, links), [warning])
+        self.assertEqual(receiver.strange_variables({}, {"WEBHOOK_PORT": "9000"}), [])
         self.assertEqual(Config.read({}, {"WEBHOOK_PORT": "9000"}).port, 9000)
         for flags, environment in (({"port": "tcp://10.96.0.12:8000"}, {}),
                                    ({}, {"WEBHOOK_PORT": "x-tcp://1:8000"})):
@@ -315,15 +317,16 @@ class ConfigTest(unittest.TestCase):
                             ("WEBHOOK_DATABSE", "did you mean WEBHOOK_DATABASE?"),
                             ("Webhook_Log_Level", "did you mean WEBHOOK_LOG_LEVEL?"),
                             ("WEBHOOK_HOST_NAME", "did you mean WEBHOOK_HOST?"),
+                            ("WEBHOOK_LOG", "did you mean WEBHOOK_LOG_FILE?"),
                             ("WEBHOOK_COLOUR_OF_MOON", "--help")):
             with self.subTest(name):
-                warning, = receiver.strange_variables({name: "secret"})
+                warning, = receiver.strange_variables({}, {name: "secret"})
                 self.assertIn(name, warning)
                 self.assertIn(words, warning)
                 self.assertNotIn("secret", warning)
         ours = {"WEBHOOK_" + field.name.upper(): "x" for field in dataclasses.fields(Config)}
-        self.assertEqual(receiver.strange_variables({**ours, "WEBHOOKS_PORT": "1", "PORT": "1", "PATH": "x"}),
-                         [])
+        others = {"WEBHOOKS_PORT": "1", "PORT": "1", "PATH": "x"}
+        self.assertEqual(receiver.strange_variables({}, {**ours, **others}), [])
 
     def test_a_wrong_value_is_refused_by_the_name_under_which_it_came(self):
         for flags, environment, name in (({"busy_timeout": "soon"}, {}, "--busy-timeout: "),
@@ -478,15 +481,41 @@ class SettingFilesTest(FolderTest):
         for wrong in (self.database, f"{self.database}-wal", self.folder):
             with self.subTest(str(wrong)), self.assertRaisesRegex(SetupError, "clients"):
                 Later(database=self.database, clients=wrong).check_files()
-        with self.assertRaisesRegex(SetupError, "clients.*log_file.*clients.new|clients.new.*log_file"):
+        with self.assertRaisesRegex(SetupError, r"^clients: .*clients.new belongs to the log file \("):
             Later(log_file=self.folder / "clients.new", clients=self.folder / "clients").check_files()
 
     def test_the_person_at_the_keyboard_reads_flags(self):
         code, out, err = self.program("--database", "events.db", "--log-file", "events.db")
         self.assertEqual((code, out), (2, ""))
-        self.assertEqual(err, "webhook_server.py: --log-file: events.db belongs to --database (events.db); "
+        self.assertEqual(err, "webhook_server.py: --log-file: events.db belongs to the database (events.db); "
                               "name another file\n")
         self.assertEqual(list(self.folder.iterdir()), [])
+
+    def test_a_mistake_in_a_file_is_told_by_the_flag_or_the_variable_that_named_it(self):
+        (self.folder / "bad.json").write_text('{"type": "objekt"}')
+        (self.folder / "bad.db").write_text("no database " * 1000)
+        none = self.folder.resolve() / "none"
+        for name, file, said in (
+                ("schema", "none.json", " none.json: No such file or directory"),
+                ("schema", "bad.json", " bad.json: at /type: "), ("schema", ".", ": . is a folder"),
+                ("database", "bad.db", f" {self.folder.resolve() / 'bad.db'}: the file is not a SQLite"),
+                ("database", "none/x", f": the folder {none} does not exist; make it first"),
+                ("log_file", "x" * 300, f" {'x' * 300}: "), ("log_file", ".", ": . is a folder")):
+            flag, variable = receiver.flag_of(name), receiver.variable_of(name)
+            with self.subTest(flag, file=file):
+                self.assertIn(f"webhook_server.py: {flag}{said}", self.program("--port", 0, flag, file)[2])
+            environment = {variable: file}
+            with self.subTest(variable, file=file):
+                code, out, err = self.program("--port", 0, environment=environment)
+                self.assertIn(f"webhook_server.py: {variable}{said}", err)
+            if name == "schema" and file != ".":
+                with self.subTest("check", file=file):
+                    for arguments, first in (([flag, file], flag), ([], variable)):
+                        err = self.program("check", *arguments, "-", environment=environment)[2]
+                        self.assertIn(f"webhook_server.py: {first}{said}", err)
+        # The library's user wrote neither
+        with self.assertRaisesRegex(SetupError, "^schema none.json: No such file or directory$"):
+            WebhookServer(self.config(schema="none.json"))
 
 
 # =============================================================================
@@ -7929,13 +7958,14 @@ class ServeTest(RunningTest):
 
     def test_variables_that_do_not_count_are_told_at_start(self):
         server = self.serve("--log-file", "server.log", environment={
-            "WEBHOOK_PORT": "tcp://10.96.0.12:8000", "WEBHOOK_PROT": "9000",
+            "WEBHOOK_HOST": "tcp://10.96.0.12:8000", "WEBHOOK_PROT": "9000",
+            "WEBHOOK_PORT": "tcp://10.96.0.12:8000",            # --port is given, as the advice says
             "WEBHOOK_SERVICE_HOST": "10.96.0.12"})
         self.assertEqual(self.post(server).status, 200)
         log = (self.folder / "server.log")
         text = until(lambda: "Service started" in log.read_text() and log.read_text(), "the log")
         self.assertEqual(text.count("WARNING"), 2)
-        self.assertIn("WARNING - [-] WEBHOOK_PORT=tcp://10.96.0.12:8000 is not taken", text)
+        self.assertIn("WARNING - [-] WEBHOOK_HOST=tcp://10.96.0.12:8000 is not taken", text)
         self.assertIn("did you mean WEBHOOK_PORT?", text)
 
     @unittest.skipUnless(POSIX, "Windows ends a process without asking it")
@@ -8014,8 +8044,15 @@ class KeyboardTest(RunningTest):
 
     def test_wrong_words_and_flags(self):
         for arguments, word in (
-                (["nonsense"], "nonsense"), ([""], "COMMAND"), (["--prot", 1], "--prot"),
-            (["--por", 1], "--por"),
+                (["nonsense"], "no command nonsense; --help"), ([""], "no command ''; --help"),
+                (["serv"], "no command serv; did you mean serve?"),
+                (["--prot", 1], "serve takes no --prot; did you mean --port?"),
+                (["--prot=1"], "serve takes no --prot; did you mean --port?"),
+                (["--por", 1], "did you mean --port?"), (["-p", 1], "did you mean --port?"),
+                (["--busy_timeout", 1], "did you mean --busy-timeout?"),
+                (["--log", "x"], "did you mean --log-file?"), (["--colour-of-moon"], "; --help shows"),
+                (["send", "--patient", 1], "send takes no --patient; did you mean --patient-id?"),
+                (["bench", "--secs", 1], "bench takes no --secs; did you mean --seconds?"),
                 (["--port"], "--port"), (["serve", "extra"], "extra"), (["--port", 0, "check"], "check"),
                 (["--a\nb"], r"--a\nb"), (["--\udcff"], r"\udcff"), (["--", "serve"], "serve"),
                 (["check"], "check: "), (["check", "--nonsense", "x"], "--nonsense"),
@@ -8068,7 +8105,7 @@ class KeyboardTest(RunningTest):
                 self.assert_usage(command(*arguments))
 
     def test_help_and_version_are_exit_0(self):
-        for arguments in (["--help"], ["-h"], ["serve", "--help"], ["check", "--help"], ["send", "-h"],
+        for arguments in (["--help"], ["-h"], ["help"], ["serve", "--help"], ["check", "--help"], ["send", "-h"],
                           ["bench", "-h"],
                           ["--version"], ["--port", "1", "--help"], ["--help", "nonsense"]):
             with self.subTest(arguments):
@@ -8352,6 +8389,7 @@ class SendTest(ServerTest):
                 self.assertEqual((code, out), (1, ""))
                 self.assertRegex(err, r"\Awebhook_server\.py: cannot send to [^\n]+\n\Z")
                 self.assertIn(word, err.replace("reset", "closed"))
+                self.assertEqual("is it running? python3 webhook_server.py starts it" in err, url == nobody)
 
     def test_a_redirect_is_not_followed(self):
         server = self.start()
@@ -8634,7 +8672,7 @@ class DocumentTest(ServerTest):
             with self.subTest(commands[:80]):
                 self.assertEqual(self.without_times(done.stdout.decode()), self.without_times(expected))
             tried += 1
-        self.assertGreater(tried, 10)
+        self.assertGreaterEqual(tried, 10)
 
     @unittest.skipUnless(POSIX and shutil.which("curl"), "needs a shell and curl")
     def test_the_log_lines_in_the_readme_are_what_is_logged(self):

@@ -98,7 +98,10 @@ __version__ = "1.0.0"
 
 
 class SetupError(Exception):
-    """What the operator has to mend before the service can start: one line for who sits there, exit 2."""
+    """What the operator has to mend before the service can start: one line for who sits there, exit 2.
+
+    One about a setting begins with its name, for which as_given() puts the flag or variable that was used.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message, 2000))
@@ -303,25 +306,23 @@ class Config:
         """
         values = {}
         for field in dataclasses.fields(cls):
-            parse, variable = field.metadata["parse"], variable_of(field.name)
-            if flags.get(field.name) is not None:
-                values[field.name] = checked(parse, flags[field.name], flag_of(field.name))
-            elif environment.get(variable) and not LINK_VALUE.match(environment[variable]):
-                values[field.name] = checked(parse, environment[variable], variable)
+            where, value = _source_of(field.name, flags, environment)
+            if value is not None:
+                values[field.name] = checked(field.metadata["parse"], value, where)
         return cls(**values)
 
-    def check_files(self, spell: Callable[[str], str] = str) -> None:
+    def check_files(self) -> None:
         """Each setting that names a file has one of its own, in a folder that exists. Raises SetupError.
 
-        It looks, and opens and makes nothing. `spell(name)` is how the message names a setting. A log that is
-        the database as well would be written into it, and its rotation would move the database away.
+        It looks, and opens and makes nothing. A log that is the database as well would be written into it, and
+        its rotation would move the database away.
         """
         owners = {_identity(__file__): "this program"}
         for field in dataclasses.fields(self):
             if "file" not in field.metadata:
                 continue
             unset, beside = field.metadata["file"]
-            path, name = str(getattr(self, field.name) or unset or ""), spell(field.name)
+            path, name = str(getattr(self, field.name) or unset or ""), field.name
             if not path:
                 continue
             _check_place(name, path)
@@ -329,7 +330,7 @@ class Config:
             for identity, file in files.items():
                 if identity in owners:
                     raise SetupError(f"{name}: {file} belongs to {owners[identity]}; name another file")
-            owners.update(dict.fromkeys(files, f"{name} ({path})"))
+            owners.update(dict.fromkeys(files, f"the {name.replace('_', ' ')} ({path})"))
 
 
 def _files_of(path: str, endings: Iterable[str]) -> dict:
@@ -354,8 +355,9 @@ def _check_place(name: str, path: str) -> None:
     """Raises SetupError where `path` is a folder, or would lie in one that does not exist."""
     if os.path.isdir(path):
         raise SetupError(f"{name}: {path} is a folder and not a file")
-    folder = os.path.dirname(os.path.realpath(path))
+    folder = os.curdir
     try:
+        folder = os.path.dirname(os.path.realpath(path))    # fails in a folder that was removed
         os.stat(folder)
     except FileNotFoundError:
         raise SetupError(f"{name}: the folder {folder} does not exist; make it first") from None
@@ -373,6 +375,32 @@ def variable_of(name: str) -> str:
     return "WEBHOOK_" + name.upper()
 
 
+def _source_of(name: str, flags: dict, environment: dict) -> tuple:
+    """(flag or variable, value) of a setting: what was given, or (flag, None)."""
+    variable = variable_of(name)
+    value = environment.get(variable)
+    if flags.get(name) is None and value and not LINK_VALUE.match(value):
+        return variable, value
+    return flag_of(name), flags.get(name)
+
+
+def as_given(message: str, flags: dict, environment: dict) -> str:
+    """The message of a SetupError with the flag or variable of the setting that it begins with."""
+    name = re.match(r"\w*", message)[0]
+    if name not in (field.name for field in dataclasses.fields(Config)):
+        return message
+    return _source_of(name, flags, environment)[0] + message[len(name):]
+
+
+def did_you_mean(word: str, names: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """Advice for who wrote `word`: which name begins so or is spelt nearly so, or where to find them."""
+    near = [name for name in names if word and name.startswith(word)]
+    near += difflib.get_close_matches(word, names, 1)
+    if near:
+        return f"did you mean {spell(near[0])}?"
+    return "--help shows those that exist"
+
+
 # For a service called "webhook" or "webhook-…" Kubernetes and Docker set variables in every container that
 # look like ours: WEBHOOK_PORT=tcp://10.96.0.12:8000, WEBHOOK_PORT_8000_TCP_ADDR, WEBHOOK_SERVICE_HOST
 LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
@@ -380,24 +408,25 @@ LINK_NAME = re.compile(r"WEBHOOK_(NAME|ENV_\w+|(\w+_)?SERVICE_(HOST|PORT(_\w+)?)
                        r"(\w+_)?PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 
 
-def strange_variables(environment: dict) -> list[str]:
-    """A warning for each WEBHOOK_… variable that does not count: misspelt, or made by a container system."""
+def strange_variables(flags: dict, environment: dict) -> list[str]:
+    """A warning for each WEBHOOK_… variable that does not count: misspelt, or made by a container system.
+
+    What a container system made is no matter where a flag is given, which would win anyway.
+    """
     names = [field.name for field in dataclasses.fields(Config)]
-    ours = [variable_of(name) for name in names]
     warnings = []
-    for name, value in sorted(environment.items()):
-        is_link = LINK_VALUE.match(value) or LINK_NAME.fullmatch(name)
-        if name in ours and LINK_VALUE.match(value):
-            flag = flag_of(name[len("WEBHOOK_"):].lower())
-            warnings.append(f"{name}={value} is not taken: Kubernetes and Docker make such a variable for a "
-                            f"service called webhook; use {flag} to set it")
-        elif name.upper().startswith("WEBHOOK_") and value and name not in ours and not is_link:
-            advice = "--help shows those that exist"
-            # Without the beginning that all have in common, and that would make them all look alike
-            near = difflib.get_close_matches(name[len("WEBHOOK_"):].lower(), names, 1)
-            if near:
-                advice = f"did you mean {variable_of(near[0])}?"
-            warnings.append(f"the environment variable {name} is no setting and is not read; {advice}")
+    for variable, value in sorted(environment.items()):
+        # Without the beginning that all have in common, and that would make them all look alike
+        name = variable[len("WEBHOOK_"):].lower()
+        if not variable.upper().startswith("WEBHOOK_") or not value:
+            continue
+        if name in names and variable == variable_of(name):
+            if LINK_VALUE.match(value) and flags.get(name) is None:
+                warnings.append(f"{variable}={value} is not taken: Kubernetes and Docker make such a variable "
+                                f"for a service called webhook; use {flag_of(name)} to set it")
+        elif not LINK_VALUE.match(value) and not LINK_NAME.fullmatch(variable):
+            warnings.append(f"the environment variable {variable} is no setting and is not read; "
+                            f"{did_you_mean(name, names, variable_of)}")
     return warnings
 
 
@@ -4885,7 +4914,7 @@ class FileSink(Sink):
             # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
             self._is_file = os.path.isfile(path) and not os.path.abspath(path).startswith(("/dev/", "/proc/"))
         except OSError as error:
-            raise SetupError(f"log file {path}: {error.strerror}") from None
+            raise SetupError(f"log_file {path}: {error.strerror}") from None
 
     def write(self, data: bytes, level: str) -> None:
         """Append whole lines. Raises OSError."""
@@ -7510,6 +7539,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise SetupError(": ".join(self.prog.split()[1:] + [f"{message} (--help shows how)"]))
 
+    def refuse(self, word: str) -> None:
+        """Raises SetupError for a word that nothing takes."""
+        flag = word.partition("=")[0]
+        if not flag.startswith("-"):
+            self.error(f"{word or repr(word)} is one word too many")
+        known = [action.dest for action in self._actions if action.option_strings]
+        name = flag.lstrip("-").replace("-", "_").lower()
+        raise SetupError(f"{self.prog.split()[-1]} takes no {flag}; {did_you_mean(name, known, flag_of)}")
+
 
 def _complain(message: str) -> int:
     """One line on stderr for the person at the keyboard; gives the exit code for it."""
@@ -7559,10 +7597,9 @@ SWITCH_SECONDS = 0.001
 def run_serve(options: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; a second one exits at once. SIGHUP reopens the log."""
     config = Config.read(vars(options), dict(os.environ))
-    config.check_files(flag_of)
     _raise_file_limit(config.max_connections)
     server = WebhookServer(config)
-    server.warnings += strange_variables(dict(os.environ))
+    server.warnings += strange_variables(vars(options), dict(os.environ))
     # An Event would not do: set() in a handler waits for ever for the lock that wait() around it may hold
     came, wake = [], queue.SimpleQueue()
 
@@ -7743,7 +7780,10 @@ def run_send(options: argparse.Namespace) -> int:
     try:
         status, text = _post(address, target, body)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        _complain(f"cannot send to {options.url}: {reason_of(error)}")
+        hint = ""
+        if isinstance(error, ConnectionRefusedError):
+            hint = "; is it running? python3 webhook_server.py starts it"
+        _complain(f"cannot send to {options.url}: {reason_of(error)}{hint}")
         return EXIT_NO
     print(status)
     print(text.decode("utf-8", "replace"))
@@ -8016,25 +8056,32 @@ def make_parser() -> argparse.ArgumentParser:
         own = commands.add_parser(command.name, help=command.help, usage=command.usage,
                                   description=command.description)
         command.add_arguments(own)
-        own.set_defaults(run=command.run)
+        own.set_defaults(run=command.run, parser=own)
     return parser
 
 
 def run_command(arguments: list) -> int:
     """Parse and run; gives the exit code."""
-    if arguments and arguments[0] in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help", "help"):
         parser = make_parser()
         add_settings(parser)                            # serving is the default, so its settings belong here
         print(parser.format_help(), end="")
         return EXIT_FINE
-    names_none = not arguments or arguments[0].startswith("-") and arguments[0] != "--version"
-    if names_none:
+    if not arguments or arguments[0].startswith("-") and arguments[0] != "--version":
         arguments.insert(0, "serve")
+    names = [command.name for command in COMMANDS]
+    if arguments[0] not in (*names, "--version"):
+        raise SetupError(f"there is no command {arguments[0] or repr('')}; {did_you_mean(arguments[0], names)}")
     try:
-        options = make_parser().parse_args(arguments)
+        options, unknown = make_parser().parse_known_args(arguments)
     except SystemExit as done:                          # argparse has printed help or version
         return done.code
-    return options.run(options)
+    if unknown:
+        options.parser.refuse(unknown[0])
+    try:
+        return options.run(options)
+    except SetupError as error:
+        raise SetupError(as_given(str(error), vars(options), dict(os.environ))) from None
 
 
 def main(arguments: Optional[list] = None) -> int:
