@@ -2973,8 +2973,9 @@ class _Files:
         """Whether what has happened since the last check() can be a commit of ours: its quick half, too."""
         if self._traces is None:
             return False
-        (main, wal, shm), (main_now, wal_now, shm_now) = self._traces, self._traces_now()
-        return main == main_now and shm == shm_now and wal[1] == wal_now[1] and wal[2] <= wal_now[2]
+        before, now = self._traces, self._traces_now()
+        (_, links, size), (_, links_now, size_now) = before[1], now[1]
+        return before[::2] == now[::2] and links == links_now and size <= size_now
 
     def _traces_now(self) -> list:
         return [_trace(os.fstat(descriptor)) for descriptor in self._open.values()]
