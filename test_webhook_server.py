@@ -1123,6 +1123,13 @@ class SchemaTest(unittest.TestCase):
                     Schema(schema)
                 self.assertEqual(str(caught.exception), said)
 
+    def test_a_whole_openapi_document_is_refused_as_it_would_check_nothing(self):
+        for document in ({"openapi": "3.1.0", "info": {}, "paths": {}, "components": {"schemas": {}}},
+                         {"swagger": "2.0", "info": {}, "paths": {}}):
+            with self.assertRaisesRegex(SchemaError, "write the one schema out of it, with what it refers to in"):
+                Schema(document)
+        self.assertEqual(rules({"openapi": "of the 3rd page", "type": "string"}, 1), ["type"])
+
     def test_what_other_drafts_know_and_this_one_ignores_is_noted_with_what_to_write(self):
         for schema, place, keyword, instead in (
                 ({"properties": {"a": {"type": "string", "nullable": True}}}, "/properties/a", "nullable",
@@ -1130,9 +1137,6 @@ class SchemaTest(unittest.TestCase):
                 ({"dependencies": {"a": ["b"]}}, "/", "dependencies", "dependentRequired"),
                 ({"prefixItems": [{}], "additionalItems": False}, "/", "additionalItems", "prefixItems"),
                 ({"oneOf": [{}], "discriminator": {"propertyName": "kind"}}, "/", "discriminator", "const"),
-                ({"openapi": "3.1.0", "info": {}, "paths": {}, "components": {"schemas": {}}}, "/", "openapi",
-                 "the one schema out of it"),
-                ({"swagger": "2.0", "info": {}, "paths": {}}, "/", "swagger", "the one schema out of it"),
                 ({"id": "http://x.example/"}, "/", "id", "$id")):
             with self.subTest(keyword):
                 note, = Schema(schema).notes
@@ -2547,6 +2551,17 @@ os.kill(os.getpid(), signal.SIGKILL)
                 self.assertEqual(self.engine().count(), {first: 10, b"": 0}.get(content, 100))
                 self.doCleanups()
                 self.folder.mkdir(exist_ok=True)
+
+    @unittest.skipUnless(POSIX, "kill -9")
+    def test_a_database_that_is_missing_beside_its_wal_is_not_begun_anew_and_its_saved_copy_is_named(self):
+        self.crash(self.store(0, 10))
+        os.rename(self.database, self.folder / "events.db.saved")
+        for _ in range(2):
+            text = self.refused("events.db is missing")
+            self.assertTrue(text.endswith(f"what was in use last is in {self.database}.saved"), text)
+            self.assertFalse(self.database.exists())
+        os.rename(self.folder / "events.db.saved", self.database)
+        self.assertEqual(self.engine().count(), 10)
 
     @unittest.skipUnless(POSIX, "kill -9")
     def test_a_change_counter_from_outside_of_the_wal_is_noticed(self):

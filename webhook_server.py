@@ -1628,8 +1628,6 @@ FOREIGN_KEYWORDS = {
     "divisibleBy": "write multipleOf",
     "$recursiveRef": "write $dynamicRef",
     "$recursiveAnchor": "write $dynamicAnchor",
-    "openapi": "this is an OpenAPI document: write the one schema out of it, with what it refers to in $defs",
-    "swagger": "this is an OpenAPI document: write the one schema out of it, with what it refers to in $defs",
 }
 # What other drafts allow and 2020-12 does not: (keyword, the type of its value): what to write instead
 FOREIGN_VALUES = {
@@ -1701,6 +1699,9 @@ class Schema:
         self._nodes: dict = {}          # id of a schema: [its check]; the resources keep those schemas
         try:
             _refuse_if_not_json(document)
+            if isinstance(document, dict) and "info" in document and document.keys() & {"openapi", "swagger"}:
+                raise SchemaError("", "this is an OpenAPI document, which as a schema checks nothing: write the "
+                                      "one schema out of it, with what it refers to in $defs")
             for uri, other in self._documents.items():
                 self._index(other, self._resource(uri.rstrip("#"), other), "", False)
             self._root = self._resource("", document)
@@ -3011,8 +3012,8 @@ class _Files:
         if found is None or found[1:3] != self._ids[0]:
             if self.is_watched and not os.fstat(self._open[self.main]).st_nlink:
                 raise _Deleted(f"{self.main} was deleted or replaced while it is in use")
-            raise FilesChanged("the file was moved or deleted while it is in use; put it back or restart "
-                                   "the service")
+            raise FilesChanged("the file was moved or deleted while it is in use; put it back, as a "
+                               "restart without it begins an empty database")
         return found
 
     def _look(self) -> None:
@@ -3409,7 +3410,10 @@ CREATE TABLE conflicting_events (
             if os.path.exists(self.path) and not os.path.isfile(self.path):
                 raise SetupError(f"database {self.path}: it is a device or pipe, not a file")
             self.files = _Files(self.path)              # before any connection; see there
-            _refuse_left_wal(self.path, self.files.problem_of_left_wal())
+            problem = self.files.problem_of_left_wal()
+            if problem and self.files.is_made:
+                problem = f"{self.path} is missing"
+            _refuse_left_wal(self.path, problem)
             if os.path.getsize(self.path):
                 self._inspect()
             self.writer = self.connect(self.CACHE_KIB - self.readers.MOST * self.readers.CACHE_KIB)
@@ -3987,6 +3991,8 @@ def _reason(error: Exception) -> str:
              "database disk image is malformed": DAMAGED,
              "file is not a database": "the file is not a SQLite database; it was not changed",
              "attempt to write a readonly database": "the file or its folder is read-only for this user",
+             "disk I/O error": "the system could not read or write the file (disk I/O error): look at the disk "
+                               "and at limits of file size (ulimit -f)",
              "database or disk is full": "the disk is full"}
     return hints.get(text, text)
 
@@ -3995,9 +4001,10 @@ def _refuse_left_wal(path: str, problem: str) -> None:
     """Raise SetupError when there is a problem."""
     if problem:
         name = os.path.basename(path)
+        saved = os.path.exists(path + ".saved")
         raise SetupError(f"database {path}: {name}-wal does not belong to it ({problem}). If it is a "
-                         "restored "
-                         f"copy, move {name}-wal and {name}-shm away and start again; nothing was changed")
+                         f"restored copy, move {name}-wal and {name}-shm away and start again; nothing was "
+                         "changed" + f"; what was in use last is in {path}.saved" * saved)
 
 
 def _problem_of_index(connection: sqlite3.Connection) -> str:
