@@ -2564,6 +2564,19 @@ os.kill(os.getpid(), signal.SIGKILL)
         self.assertEqual(self.engine().count(), 10)
 
     @unittest.skipUnless(POSIX, "kill -9")
+    def test_a_copy_that_was_restored_at_once_beside_a_wal_is_told(self):
+        self.crash(self.store(0, 10))
+        self.age(-1)
+        engine = self.engine()
+        self.assertEqual(engine.notes, [])
+        engine.close()
+        self.crash(self.store(10, 20))
+        self.age(10)
+        os.utime(self.database)                         # as cp of a copy of the same state does
+        note, = self.engine().notes
+        self.assertIn("is older than the database and was taken in", note)
+
+    @unittest.skipUnless(POSIX, "kill -9")
     def test_a_change_counter_from_outside_of_the_wal_is_noticed(self):
         self.crash(self.store(0, 5) + "engine.checkpoint()\n" + self.store(5, 100))
         for change, words in ((-2, "older"), (+50, "newer")):

@@ -2883,7 +2883,7 @@ class _Files:
         self.main, real = path, os.path.realpath(path)
         self.wal, self.shm = real + "-wal", real + "-shm"
         self.is_watched = hasattr(os, "pread")  # not on Windows, where open files keep their names
-        self.is_made = self.is_held = self.is_left = False
+        self.is_made = self.is_held = self.is_left = self.is_doubtful = False
         self._open: dict = {}                               # {path: descriptor}
         self._spare: list = []                              # descriptors of files that SQLite has made anew
         self._judging = threading.Lock()
@@ -2934,7 +2934,7 @@ class _Files:
             time.sleep(pause)
             if self.wal in self._open:
                 left = _LeftWAL(self._open[self.main], self._open[self.wal], self._open.get(self.shm))
-                problem, self.is_left = left.problem(), left.is_used()
+                problem, self.is_left, self.is_doubtful = left.problem(), left.is_used(), left.is_doubtful()
             if not problem:
                 break
         return problem
@@ -3220,6 +3220,13 @@ class _LeftWAL:
             return ""
         return "the database was written by something else since"
 
+    def is_doubtful(self) -> bool:
+        """Whether the main file is newer, though no checkpoint has written it: a copy of the folder does that,
+        and a restore that came at once."""
+        index = self._index()
+        newer = os.fstat(self._main).st_mtime > os.fstat(self._wal).st_mtime
+        return newer and index is not None and not index.tried and self.is_used()
+
     def _index(self) -> Optional[WALIndex]:
         """What -shm says of this WAL, None when it says nothing."""
         data = b""
@@ -3414,6 +3421,10 @@ CREATE TABLE conflicting_events (
             if problem and self.files.is_made:
                 problem = f"{self.path} is missing"
             _refuse_left_wal(self.path, problem)
+            if self.files.is_doubtful:
+                self.notes.append(f"{self.path}-wal, which was left by a crash, is older than the database and "
+                                  "was taken in: if you have restored a copy just now, what is in use is the "
+                                  "state before that; README says how to restore")
             if os.path.getsize(self.path):
                 self._inspect()
             self.writer = self.connect(self.CACHE_KIB - self.readers.MOST * self.readers.CACHE_KIB)
