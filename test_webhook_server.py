@@ -2397,6 +2397,12 @@ class FilesTest(EngineTest):
             write(engine, [stored_event("lost")])
         return engine, str(caught.exception)
 
+    def test_what_to_do_is_said_to_the_operator_and_not_to_senders(self):
+        for text, advice in (("disk I/O error", "ulimit -f"), ("database disk image is malformed", "backup")):
+            error = receiver._unavailable(sqlite3.OperationalError(text))
+            self.assertEqual(error.public, text)
+            self.assertIn(advice, str(error))
+
     @unittest.skipUnless(POSIX, "Windows deletes and truncates no open file")
     def test_a_wal_that_loses_its_name_is_saved_into_the_main_file(self):
         for command in ("rm events.db-wal", "rm events.db-shm", "rm events.db-wal events.db-shm",
@@ -6709,15 +6715,20 @@ class LimitTest(HTTPTest):
         reading.join()
         self.assertEqual((len(found), set(found) - {503}), (2000, {200}))
 
-    @unittest.skipUnless(receiver.SENDS_AT_ONCE, "here each connection's own thread sends its answers")
-    def test_a_late_answer_that_nobody_takes_ends_its_connection(self):
-        server = self.start(body_timeout=0.3)
+    def deaf(self, server):
+        """A sender to whom an answer is late that it does not take, and its connection in the server."""
         connection = self.connect(server)
         connection.sendall(post_bytes(event()))
         self.read_answer(connection)
         handler, = server._server.open_connections
         handler.outbox.promised += 1
         handler.outbox.send(b"x" * 50000000)            # more than any socket's buffer takes
+        return connection, handler
+
+    @unittest.skipUnless(receiver.SENDS_AT_ONCE, "here each connection's own thread sends its answers")
+    def test_a_late_answer_that_nobody_takes_ends_its_connection(self):
+        server = self.start(body_timeout=0.3)
+        _, handler = self.deaf(server)
         until(lambda: not server._server.open_connections, "the end of the connection")
         self.assertTrue(handler.timed_out)
         self.assertEqual(self.post(server, event(appointment_id="A2")).status, 200)
@@ -6725,12 +6736,7 @@ class LimitTest(HTTPTest):
     @unittest.skipUnless(receiver.SENDS_AT_ONCE, "here each connection's own thread sends its answers")
     def test_who_takes_too_long_to_send_and_reads_no_answer_is_let_go_all_the_same(self):
         server = self.start(header_timeout=0.3, body_timeout=1)
-        connection = self.connect(server)
-        connection.sendall(post_bytes(event()))
-        self.read_answer(connection)
-        handler, = server._server.open_connections
-        handler.outbox.promised += 1
-        handler.outbox.send(b"x" * 50000000)            # more than any socket's buffer takes
+        connection, handler = self.deaf(server)
         connection.sendall(b"GET /hea")                 # its 408 has to wait for what nobody takes
         until(lambda: handler.timed_out, "the end of its time")
         until(lambda: not server._server.open_connections, "the end of the connection")
@@ -8700,7 +8706,7 @@ class DocumentTest(ServerTest):
             with self.subTest(commands[:80]):
                 self.assertEqual(self.without_times(done.stdout.decode()), self.without_times(expected))
             tried += 1
-        self.assertGreaterEqual(tried, 10)
+        self.assertEqual(tried, 10)                     # a new example counts; none is lost unseen
 
     @unittest.skipUnless(POSIX and shutil.which("curl"), "needs a shell and curl")
     def test_the_log_lines_in_the_readme_are_what_is_logged(self):

@@ -2861,7 +2861,7 @@ class _Files:
     """The main file, -wal and -shm: notices when they are not what SQLite left, which SQLite itself does not.
 
     It goes on writing into files that were deleted, and moves its WAL over whatever was copied into the main
-    file. So before and after each commit, and with more care as soon as its senders are answered:
+    file. So before each commit, and quickly after it:
 
     - Each name must lead to the file that is open.
     - The main file's size and time of change stay as they were, but for a checkpoint, which leaves its traces
@@ -3012,8 +3012,8 @@ class _Files:
         if found is None or found[1:3] != self._ids[0]:
             if self.is_watched and not os.fstat(self._open[self.main]).st_nlink:
                 raise _Deleted(f"{self.main} was deleted or replaced while it is in use")
-            raise FilesChanged("the file was moved or deleted while it is in use; put it back, as a "
-                               "restart without it begins an empty database")
+            raise FilesChanged("the file was moved or deleted while it is in use; put it back before "
+                               "the service is restarted")
         return found
 
     def _look(self) -> None:
@@ -3540,8 +3540,9 @@ CREATE TABLE conflicting_events (
             self.lock.release()
 
     def tend(self) -> None:
-        """After a transaction, once its senders have their answers: look at the files with care (20 us, which
-        one sender alone would wait for). What is wrong is found again by the next one, which raises it."""
+        """After a transaction, once its senders have their answers: the careful look at the files that the
+        next one would begin with (20 us, which one sender alone would wait for), and which raises what is
+        wrong."""
         if self.lock.acquire(blocking=False):           # else there is a next one already
             try:
                 if self.writer is not None:
@@ -3992,7 +3993,9 @@ def _lenient_text(data: bytes) -> str:
 def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
     text = str(error)
     kind = StoreLocked if "locked" in text or "busy" in text else StoreUnavailable
-    return kind(_reason(error))
+    unavailable = kind(_reason(error))
+    unavailable.public = text                           # the advice is the operator's
+    return unavailable
 
 
 def _reason(error: Exception) -> str:
@@ -4649,7 +4652,6 @@ class Store:
             self._breaker.failed()
             outcomes = itertools.repeat(Outcome("failed", error=error))
         self._lanes.tell(group, outcomes)
-        self.engine.tend()
         return []
 
     def _write_apart(self, group: list) -> list:
