@@ -24,7 +24,7 @@ if sys.version_info < (3, 9):
     print("is Python %d.%d; install 3.9 or newer" % sys.version_info[:2])
 else:
     try:
-        import email.utils, http.client, sqlite3
+        import email.utils, http.server, sqlite3
     except ImportError as error:
         print("lacks %s of its standard library; install all of it (Debian, Ubuntu: apt install python3)" % error.name)
 ' 2>/dev/null </dev/null || echo "is no Python that works; install 3.9 or newer"

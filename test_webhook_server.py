@@ -7169,7 +7169,7 @@ class ShutdownTest(HTTPTest):
             self.connect(server)                        # wakes the thread that accepts
             until(lambda: accept.called, "the connection")
             server.stop()
-        self.assertGreater(accept.call_count, server._server.BACKLOG)       # all that the system has taken for us
+        self.assertGreater(accept.call_count, server._server.request_queue_size)       # all that the system has taken for us
 
     def test_a_connection_that_is_gone_before_it_is_accepted_does_not_hide_those_behind_it(self):
         server = self.start()

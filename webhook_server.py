@@ -78,6 +78,7 @@ try:
     from collections import Counter, deque
     from datetime import datetime, timedelta, timezone
     from decimal import Decimal
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
     from json.encoder import encode_basestring_ascii
     from pathlib import Path, PurePath
     from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
@@ -6662,19 +6663,19 @@ class Inbox:
         return Malformed(400, f"The connection ended before the whole {part} had come")
 
 
-class Connection:
+class Connection(BaseHTTPRequestHandler):
     """One connection, in a thread of its own: reads requests strictly, has them answered, sends.
 
     Between requests the thread is parked and the poller reads; it wakes this thread for all but ordinary
     events.
     """
 
-    def __init__(self, its_socket: socket.socket, address: str, server: Server) -> None:
-        """Raises OSError when the peer is gone already."""
+    def setup(self) -> None:
+        """Called once, before handle(). Raises OSError when the peer is gone already."""
         # For the life of the connection
-        self.socket, self.address, self.server = its_socket, address, server
+        self.socket, self.address = self.request, self.client_address[0]
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.endpoints = server.endpoints
+        self.endpoints: Endpoints = self.server.endpoints
         self.inbox, self.outbox = Inbox(self), Outbox(self)
         self.close_connection = False
         self.lingers = False            # whether it lets the peer finish sending before it closes
@@ -6682,25 +6683,31 @@ class Connection:
         # For the request that is being read
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
         self._held: dict = {}                           # Budget: how much it uses of it
+        self.server.opened(self)
 
-    def run(self) -> None:
-        """Requests until one side closes; at its end nobody wants to send any more."""
+    def handle(self) -> None:
+        """Requests until one side closes."""
+        while not self.close_connection:
+            self.handle_one_request()
+        if self.lingers and self.server.lingering.take(self.address, 1):
+            try:
+                self._linger()
+            finally:
+                self.server.lingering.give(self.address, 1)
+
+    def finish(self) -> None:
+        """Called once after handle(), before the socket's number is given to another: nobody wants to send any
+        more."""
         try:
-            while not self.close_connection:
-                self._run_one()
-            if self.lingers and self.server.lingering.take(self.address, 1):
-                try:
-                    self._linger()
-                finally:
-                    self.server.lingering.give(self.address, 1)
-        finally:
             self.outbox.settle()
+        finally:
+            self.server.closed(self)
 
     def enter(self, phase: int) -> None:
         """From now on the connection waits for something else."""
         self.since, self.phase = time.monotonic(), phase    # in this order: expire() may look in between
 
-    def _run_one(self) -> None:
+    def handle_one_request(self) -> None:
         """Read one request and have it answered."""
         if self.outbox.is_full:
             self.outbox.settle()
@@ -6876,10 +6883,10 @@ class Connection:
             self.socket.shutdown(half)
 
 
-class Server:
+class Server(ThreadingHTTPServer):
     """Accepts connections within the limits, watches their times, ends them."""
 
-    BACKLOG = 1024          # connections that the system takes for us before we accept them
+    request_queue_size = 1024       # connections that the system takes for us before we accept them
     STACK = 1024 * 1024  # bytes: 512 connections must not want 4 GiB; musl's 128 KiB is short
     STACK_LOCK = threading.Lock()
 
@@ -6896,6 +6903,8 @@ class Server:
         self._refused: deque = deque()                  # (when to close it, socket)
         self._told_full_at = 0.0
         self._accepting = threading.Thread(target=self._accept, name="webhook-accept", daemon=True)
+        super().__init__(("", 0), Connection, bind_and_activate=False)
+        self.socket.close()                             # made by the base class, for one address
         self.listeners = self._listen()
         self._wake_receiver, self._wake_sender = socket.socketpair()
         host, self.port = self.listeners[0].getsockname()[:2]
@@ -6938,7 +6947,7 @@ class Server:
             if os.name == "posix":                      # on Windows it would let two servers share a port
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(self.BACKLOG)
+            listener.listen(self.request_queue_size)
         except OSError:
             listener.close()
             raise
@@ -6963,7 +6972,7 @@ class Server:
                     if key.fileobj is not self._wake_receiver:
                         self._accept_one(key.fileobj)
         for listener in self.listeners:  # closing the listener would reset what the system has accepted
-            for _ in range(self.BACKLOG + 1):           # no more: others may come without end
+            for _ in range(self.request_queue_size + 1):     # no more: others may come without end
                 if not self._accept_one(listener):
                     break
             listener.close()
@@ -6981,24 +6990,26 @@ class Server:
         host = address[0]
         if host.startswith("::ffff:"):                  # IPv4 on a listener that takes both
             host = host[7:]
-        self._admit(connection, host)
+        self.process_request(connection, (host,) + address[1:])
         return True
 
-    def _admit(self, connection: socket.socket, address: str) -> None:
+    def process_request(self, request: socket.socket, client_address: tuple) -> None:
         """Start a thread for a connection, or refuse it when there are too many."""
+        address = client_address[0]
         reason = "There are too many connections"
         if self._places.take(address, 1):
             try:
-                self._start_thread(connection, address)
+                self._start_thread(request, client_address)
                 return
             except RuntimeError:                        # the system gives no more threads
                 self._places.give(address, 1)
         elif self._places.used < self.config.max_connections:
             reason += " from your address"
-        self._refuse(connection, address, reason)
+        self._refuse(request, address, reason)
 
-    def _start_thread(self, connection: socket.socket, address: str) -> None:
-        thread = threading.Thread(target=self._serve, args=(connection, address), daemon=True)
+    def _start_thread(self, request: socket.socket, client_address: tuple) -> None:
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address),
+                                  daemon=True)
         with self.STACK_LOCK:  # the size is the whole process's: for all services in it
             before = threading.stack_size(self.STACK)
             try:
@@ -7029,25 +7040,27 @@ class Server:
             self._told_full_at = time.monotonic()
             self.endpoints.log.line("WARNING", message)
 
-    def _serve(self, its_socket: socket.socket, address: str) -> None:
-        """A connection from its first byte to its close, on its own thread."""
-        connection = None
+    def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
+        """A connection from setup to close, on its own thread."""
         try:
-            connection = Connection(its_socket, address, self)
-            with self._lock:
-                self._connections.add(connection)
-            connection.run()
-        except OSError:                                 # the peer was gone before it began
-            pass
-        except Exception:                               # a bug outside of any request
-            self.endpoints.log.exception("Unexpected error on a connection")
+            super().process_request_thread(request, client_address)
         finally:
-            with self._lock:                            # before its number is given to another
-                self._connections.discard(connection)
-            with contextlib.suppress(OSError):
-                its_socket.shutdown(socket.SHUT_WR)
-            its_socket.close()
-            self._places.give(address, 1)
+            self._places.give(client_address[0], 1)
+
+    def handle_error(self, request: Any, client_address: tuple) -> None:
+        """A bug outside of any request, or a peer that was gone before setup."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            self.endpoints.log.exception("Unexpected error on a connection")
+
+    def opened(self, connection: Connection) -> None:
+        """Called by a connection at its start."""
+        with self._lock:
+            self._connections.add(connection)
+
+    def closed(self, connection: Connection) -> None:
+        """Called by a connection at its end."""
+        with self._lock:
+            self._connections.discard(connection)
 
     @property
     def open_connections(self) -> list:
@@ -7079,7 +7092,7 @@ class Server:
         self._wake_sender.close()
         if self._accepting.ident is not None:
             self._accepting.join()
-        self.close()
+        self.server_close()
         while self._places.used and time.monotonic() < began + seconds:
             with self._lock:
                 for connection in self._connections:
@@ -7105,7 +7118,7 @@ class Server:
         plural = "s" * (len(waiting) != 1)
         return f"{len(waiting)} connection{plural}: {', '.join(waiting[:5])}{more}"
 
-    def close(self) -> None:
+    def server_close(self) -> None:
         """Close the listeners."""
         for listener in self.listeners:
             listener.close()
@@ -7427,7 +7440,7 @@ class WebhookServer:
         running = self._running
         # the port first: a busy one must not touch the database
         server = Server(self.config, self._endpoints)
-        running.callback(server.close)
+        running.callback(server.server_close)
         self._endpoints.rules = self._make_rules(self._endpoints, server.loopback)
         running.callback(self._say_stopped)
         if self._callbacks is not None:
