@@ -6024,6 +6024,36 @@ class PollerTest(HTTPTest):
         self.assertEqual(rows(self.database), 4)
         self.assertRegex(self.log_text(server), r"ERROR - \[\d.*\] An answer could not be sent\n")
 
+    def test_a_refusal_that_cannot_be_written_ends_its_connection_and_no_other(self):
+        server = self.start_with_poller()
+        (bad, _), (good, _) = self.parked(server), self.parked(server)
+        with mock.patch.object(server._endpoints, "encoded", side_effect=RuntimeError("a bug")):
+            bad.sendall(post_bytes(b"{"))
+            self.assertEqual(read_all(bad), b"")
+        good.sendall(post_bytes(b"{"))
+        self.assertEqual(self.read_answer(good).status, 400)
+        until(lambda: len(server._server.open_connections) == 1, "the end of the other")
+
+    def test_a_store_that_raises_does_not_end_it(self):
+        server = self.start_with_poller()
+        (bad, _), (good, _), engine = self.parked(server), self.parked(server), server.store.engine
+        with mock.patch.object(engine, "tend", side_effect=OSError(errno.EIO, "a bug")) as tend:
+            bad.sendall(post_bytes(event(appointment_id="A3")))
+            self.assertEqual(self.read_answer(bad).status, 200)
+            until(lambda: tend.called, "the look at the files")
+        good.sendall(post_bytes(event(appointment_id="A4")))
+        self.assertEqual(self.read_answer(good).status, 200)
+        until(lambda: "Unexpected error while events were committed" in self.log_text(server), "the line")
+
+    def test_where_the_system_watches_no_more_the_own_thread_reads(self):
+        server = self.start_with_poller()
+        with mock.patch.object(server._server.poller, "_epoll") as epoll:
+            epoll.register.side_effect = OSError(errno.ENOSPC, "max_user_watches")
+            connection = self.connect(server)
+            for number in range(3):
+                connection.sendall(post_bytes(event(appointment_id=f"A{number}")))
+                self.assertEqual(self.read_answer(connection).status, 200)
+
     def test_an_event_does_not_overtake_one_that_is_committed_but_not_answered_yet(self):
         server = self.start_with_poller()
         (connection, handler), store = self.parked(server), server.store

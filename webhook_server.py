@@ -2539,9 +2539,6 @@ class Contract:
         return problem.message
 
 
-Contract = Contract          # its name until 1.0
-
-
 # -- the content of an event, to compare
 
 _LARGE_INTEGER = re.compile("[0-9]{16}").search         # 2 ** 53 has as many digits
@@ -6430,12 +6427,17 @@ class Poller:
         self._thread = threading.Thread(target=self._run, name="webhook-poller", daemon=True)
         self._thread.start()
 
-    def watch(self, connection: Connection) -> None:
+    def watch(self, connection: Connection) -> bool:
         """Read for `connection` until something comes that is for its own thread: then call its inbox's
-        hand_over()."""
+        hand_over(). False where the system watches no more: its own thread then has to read."""
         descriptor = connection.socket.fileno()
         self._connections[descriptor] = connection
-        self._epoll.register(descriptor, select.EPOLLIN)
+        try:
+            self._epoll.register(descriptor, select.EPOLLIN)
+        except OSError:
+            del self._connections[descriptor]
+            return False
+        return True
 
     def stop(self) -> None:
         """End the thread. No connection may be watched any more."""
@@ -6465,7 +6467,10 @@ class Poller:
                 del connections[descriptor]
                 connection.inbox.hand_over(data)
             if group:
-                lead(group)
+                try:
+                    lead(group)
+                except Exception:       # a bug: all other connections go on
+                    self._endpoints.log.exception("Unexpected error while events were committed")
 
     def _take(self, connection: Connection, data: bytes, group: list) -> bool:
         """Put the one ordinary event in `data` into the group, or refuse it; False when there is anything
@@ -6488,7 +6493,7 @@ class Poller:
             if owes:                    # what came before has to be answered before
                 return False
             outbox.promised += 1
-            connection.answer_at_once(request, endpoints.refused(request, refusal))
+            connection.deliver(request, Outcome("failed", error=refusal))
             return True
         outbox.promised += 1
         if owes:
@@ -6524,8 +6529,8 @@ class Inbox:
             return b""
         if self._server.draining:                       # what has come already is still answered
             return self.recv_waiting(DRAIN_GRACE)
-        if connection.phase == Phase.IDLE and self._server.poller is not None:
-            self._server.poller.watch(connection)
+        poller = self._server.poller
+        if connection.phase == Phase.IDLE and poller is not None and poller.watch(connection):
             self._parked.acquire()
             return self._handed
         return self.recv()
@@ -6566,7 +6571,7 @@ class Inbox:
             return b""
 
     def recv_in_turn(self) -> bytes:
-        """As _recv, for what may be much: a hundred threads that each get a piece now would all want the
+        """As recv, for what may be much: a hundred threads that each get a piece now would all want the
         interpreter."""
         if not SENDS_AT_ONCE:
             return self.recv()
@@ -6766,8 +6771,8 @@ class Connection(BaseHTTPRequestHandler):
     # -- answering
 
     def deliver(self, request: Request, outcome: Outcome) -> None:
-        """Called by who has committed an event: send and log its answer. Never blocks on a socket, never
-        raises.
+        """Called by who has committed or refused an event: send and log its promised answer. Never blocks on a
+        socket, never raises.
 
         Hot path: waking 64 threads, each to send its own answer, would halve the rate; the disk would not.
         """
@@ -6777,17 +6782,14 @@ class Connection(BaseHTTPRequestHandler):
                 self.outbox.send(endpoints.stored(request, outcome.event_id))
                 endpoints.note(request, 200, "INFO", "stored", outcome.event_id)
             else:
-                self.answer_at_once(request, endpoints.answer_to_event(request, outcome))
+                response = endpoints.answer_to_event(request, outcome)
+                self.outbox.send(endpoints.encoded(request, response, False))
+                endpoints.note(request, response.status, response.level, response.note, response.event_id)
         except Exception:                               # the others of the group must have their answers
             endpoints.log.exception("An answer could not be sent", request.id)
             if self.outbox.sent == sent:                # nor may anybody wait for this one
                 self.shut_down(reading_only=False)
                 self.outbox.send(b"")
-
-    def answer_at_once(self, request: Request, response: Response) -> None:
-        """Send and log a promised answer from a thread that must not wait."""
-        self.outbox.send(self.endpoints.encoded(request, response, False))
-        self.endpoints.note(request, response.status, response.level, response.note, response.event_id)
 
     def _respond(self, request: Request, response: Response) -> None:
         """Send a Response from this thread, after all answers that are owed."""
