@@ -472,6 +472,18 @@ class SettingFilesTest(FolderTest):
         self.config(database=self.folder / "none" / "x").check_files()
         self.config(database=self.folder / ("x" * 300) / "x").check_files()     # who opens it says it better
 
+    @unittest.skipUnless(POSIX, "needs a named pipe")
+    def test_a_pipe_that_nobody_serves_keeps_nobody_waiting(self):
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        for setting in ("database", "schema"):
+            for path in (pipe, os.devnull):
+                self.assert_refused(self.config(**{setting: path}), f"{setting}: {path} is a pipe or a device and no file")
+        with self.assertRaisesRegex(SetupError, "^log_file .*: nobody reads this pipe; start its reader first$"):
+            WebhookServer(self.config(log_file=pipe))
+        self.assertEqual(self.program("check", "--schema", pipe, "-"), (
+            2, "", f"webhook_server.py: --schema: {pipe} is a pipe or a device and no file\n"))
+
     def test_a_setting_that_comes_later_is_looked_after_when_it_is_declared_a_file(self):
         @dataclasses.dataclass(frozen=True)
         class Later(Config):
@@ -5429,6 +5441,17 @@ class RulesTest(unittest.TestCase):
                 self.assertEqual(ruling.refusal is None, served)
 
 
+    def test_a_sender_hears_what_is_refused_and_only_the_log_hears_what_to_do_about_it(self):
+        for line, flag in (("Host: evil.example", "--allowed-host"), ("Origin: http://evil.example", "--allowed-origin"),
+                           ("Sec-Fetch-Site: cross-site", "--allowed-origin")):
+            with self.subTest(line):
+                host = "" if line.startswith("Host") else "Host: localhost"
+                refusal = self.rules().ruling(head_bytes(line, host=host)).refusal
+                self.assertNotIn("--", refusal.message)
+                self.assertIn(flag, refusal.note)
+                self.assertNotIn("evil", refusal.note)
+
+
 class ReceiveTest(HTTPTest):
     """POST /webhook/appointments."""
 
@@ -6971,7 +6994,10 @@ class PrivacyTest(HTTPTest):
                     raise KeyError(stored.payload)
                 server = self.start(log_payloads=mode, log_file=str(log), database=str(self.folder / f"{mode}.db"),
                                     schema=str(self.folder / "schema.json"), log_level="DEBUG", on_event=on_event)
-                seen = {status for request in self.requests() for status in statuses(self.exchange(server, request))}
+                answers = [self.exchange(server, request) for request in self.requests()]
+                seen = {status for answer in answers for status in statuses(answer)}
+                inside = rb" --[a-z]|WEBHOOK_|[.](db|py|log)\b|" + re.escape(str(self.folder)).encode()
+                self.assertEqual([answer for answer in answers if re.search(inside, answer)], [])
                 with mock.patch.object(server._endpoints.rules.contract, "event", side_effect=ValueError(self.MARK)):
                     self.assertEqual(self.post(server).status, 500)
                 server.stop()
@@ -8831,6 +8857,8 @@ class DocumentTest(ServerTest):
         for words, name, lines in (
                 ("python3 is not here; install Python 3.9 or newer; ", None, ""),
                 ("python3 is no Python that works; install 3.9 or newer; ", "python3", "exit 1"),
+                ("python3 is no Python that works; install 3.9 or newer; ", "python3", "exit 0"),
+                ("python3 is no Python that works; install 3.9 or newer; ", "python3", 'echo "$@"'),
                 ("python3 is Python 3.6; ", "python3", 'echo "is Python 3.6; install 3.9 or newer"')):
             with self.subTest(words):
                 if name:

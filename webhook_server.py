@@ -326,7 +326,7 @@ class Config:
             path, name = str(getattr(self, field.name) or unset or ""), field.name
             if not path:
                 continue
-            _check_place(name, path)
+            check_place(name, path)
             files = _files_of(path, beside(self))
             for identity, file in files.items():
                 if identity in owners:
@@ -352,10 +352,15 @@ def _identity(path: str) -> tuple:
     return (os.path.normcase(os.path.realpath(path)),)
 
 
-def _check_place(name: str, path: str) -> None:
-    """Raises SetupError where `path` is a folder, or would lie in one that does not exist."""
+def check_place(name: str, path: str) -> None:
+    """Raises SetupError where `path` is no file, or would lie in a folder that does not exist.
+
+    A log may go to a pipe or a device, such as /dev/stderr. All else would wait there without end.
+    """
     if os.path.isdir(path):
         raise SetupError(f"{name}: {path} is a folder and not a file")
+    if name != "log_file" and os.path.exists(path) and not os.path.isfile(path):
+        raise SetupError(f"{name}: {path} is a pipe or a device and no file")
     folder = os.curdir
     try:
         folder = os.path.dirname(os.path.realpath(path))    # fails in a folder that was removed
@@ -4920,7 +4925,15 @@ class _LogFile(logging.handlers.RotatingFileHandler):
     """The standard library's rotation, unbuffered: a failed write leaves nothing behind to be repeated."""
 
     def _open(self) -> Any:
-        return open(self.baseFilename, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))
+        return open(self.baseFilename, "ab", buffering=0, opener=_open_at_once)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """os.open() that fails, and does not wait, where `path` is a pipe that nobody reads."""
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
+    if hasattr(os, "O_NONBLOCK"):
+        os.set_blocking(descriptor, True)
+    return descriptor
 
 
 class FileSink(Sink):
@@ -4936,7 +4949,10 @@ class FileSink(Sink):
             # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
             self._is_file = os.path.isfile(path) and not os.path.abspath(path).startswith(("/dev/", "/proc/"))
         except OSError as error:
-            raise SetupError(f"log_file {path}: {error.strerror}") from None
+            reason = error.strerror
+            if error.errno == errno.ENXIO:
+                reason = "nobody reads this pipe; start its reader first"
+            raise SetupError(f"log_file {path}: {reason}") from None
 
     def write(self, data: bytes, level: str) -> None:
         """Append whole lines. Raises OSError."""
@@ -6199,7 +6215,7 @@ class Rules:
         machine."""
         head, host = ruling.head, ruling.head.host
         if host and not self._is_ours(host):
-            raise Refusal(403, "The Host {} is not served here; --allowed-host adds one", host)
+            raise _forbidden("The Host {} is not served here", "--allowed-host adds one", host)
         origin = head.get("origin").lower()
         if origin and origin in self._config.allowed_origin:
             ruling.answer_fields = {"Access-Control-Allow-Origin": head.get("origin"), "Vary": "Origin",
@@ -6207,10 +6223,10 @@ class Rules:
             return
         # An opaque origin, "null", belongs to no site, so also not to a request without Host
         if origin and origin.partition("://")[1:] != ("://", head.get("host").lower()):
-            raise Refusal(403, "Requests from pages of other sites, here {}, are refused; --allowed-origin "
-                               "adds a site", origin)
+            raise _forbidden("Requests from pages of other sites, here {}, are refused",
+                             "--allowed-origin adds a site", origin)
         if head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
-            raise Refusal(403, "Requests from pages of other sites are refused; --allowed-origin adds a site")
+            raise _forbidden("Requests from pages of other sites are refused", "--allowed-origin adds a site")
 
     def _is_ours(self, host: str) -> bool:
         """Whether we answer to this name. A literal address cannot be pointed elsewhere; a name can."""
@@ -6218,6 +6234,13 @@ class Rules:
         if LOOPBACK.fullmatch(host) or host == config.host.lower() or host in config.allowed_host:
             return True
         return is_address(host.strip("[]")) or not (self._loopback or config.allowed_host)
+
+
+def _forbidden(message: str, advice: str, *quoted: str) -> Refusal:
+    """A 403 whose sender hears what is refused; what to do about it is the operator's, and in the log."""
+    refusal = Refusal(403, message, *quoted)
+    refusal.note += "; " + advice
+    return refusal
 
 
 def is_address(text: str) -> bool:
@@ -7311,6 +7334,7 @@ def read_schema(path: str) -> tuple:
     file = Path(path) if path else DEFAULT_SCHEMA_FILE
     where = f"schema {path or DEFAULT_SCHEMA_FILE}"
     warnings: list = []
+    check_place("schema", str(file))
     try:
         data = file.read_bytes()
     except OSError as error:
