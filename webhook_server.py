@@ -56,7 +56,7 @@ try:
     import ipaddress
     import itertools
     import json
-    import logging.handlers
+    import logging
     import math
     import operator
     import os
@@ -174,13 +174,14 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    known = {choice.lower(): choice for choice in choices}
+def _one_of(choices: str) -> Callable[[Any], str]:
+    """`choices` are separated by "|"."""
+    known = {choice.lower(): choice for choice in choices.split("|")}
 
     def parse(value: Any) -> str:
         choice = known.get(str(value).lower())
         if choice is None:
-            raise ValueError(f"must be one of {', '.join(choices)}")
+            raise ValueError(f"must be one of {', '.join(known.values())}")
         return choice
     return parse
 
@@ -212,6 +213,10 @@ def _setting(default: Any, help: str, parse: Callable[[Any], Any] = _text, metav
         "help": help, "parse": parse, "metavar": metavar, "group": group, **more})
 
 
+def _choice(default: str, choices: str, help: str) -> Any:
+    return _setting(default, help, _one_of(choices), choices)
+
+
 def _file(default: str, help: str, parse: Callable[[Any], str], group: str = "", unset: Optional[Path] = None,
           beside: Callable[[Config], Iterable[str]] = lambda config: ()) -> Any:
     """A setting that names a file; being declared so is what makes Config.check_files() look after it.
@@ -240,9 +245,8 @@ class Config:
     schema: PathText = _file(
         "", "JSON Schema of an event (default: schema.json beside the program)", _optional_text,
         unset=DEFAULT_SCHEMA_FILE)
-    duplicates: str = _setting(
-        "conflict", "answer to an event that comes again unchanged: 409 (conflict) or 200 (ok)",
-        _one_of("conflict", "ok"), "conflict|ok")
+    duplicates: str = _choice(
+        "conflict", "conflict|ok", "answer to an event that comes again unchanged: 409 (conflict) or 200 (ok)")
     # Senders give up after 5 s or so: 2 s leaves them the time to hear the 503
     busy_timeout: float = _setting(
         2.0, "how long an event waits for a locked database, then it gets 503", _seconds, "SECONDS")
@@ -251,13 +255,10 @@ class Config:
     log_max_bytes: int = _setting(
         10 * 1024 * 1024, "size at which the log file is rotated", _whole(4096), "BYTES")
     log_backups: int = _setting(5, "rotated log files to keep", _whole(1, 1000), "N")
-    log_level: str = _setting(
-        "INFO", "lowest level to log", _one_of("DEBUG", "INFO", "WARNING", "ERROR"),
-        "DEBUG|INFO|WARNING|ERROR")
-    log_payloads: str = _setting(
-        "redacted",
-        "payloads in the log: without patients' data, whole (and texts of exceptions), or not at all",
-        _one_of("redacted", "full", "none"), "redacted|full|none")
+    log_level: str = _choice("INFO", "DEBUG|INFO|WARNING|ERROR", "lowest level to log")
+    log_payloads: str = _choice(
+        "redacted", "redacted|full|none",
+        "payloads in the log: without patients' data, whole (and texts of exceptions), or not at all")
     max_request_line: int = _setting(
         8192, "longest request line, a longer one gets 414; the default is Apache's", _whole(64), "BYTES",
         group="limits of size and number")
@@ -302,15 +303,11 @@ class Config:
     def read(cls, flags: dict, environment: dict) -> Config:
         """Settings out of flags ({name: text or None}), else WEBHOOK_NAME in the environment, else defaults.
 
-        An error names the flag or the variable that it came from. A variable that is empty counts as not set,
-        and so does one that a container system made: strange_variables() tells of it.
+        A variable that is empty counts as not set, and so does one that a container system made:
+        strange_variables() tells of it. In the text of a SetupError, as_given() names the flag or variable.
         """
-        values = {}
-        for field in dataclasses.fields(cls):
-            where, value = _source_of(field.name, flags, environment)
-            if value is not None:
-                values[field.name] = checked(field.metadata["parse"], value, where)
-        return cls(**values)
+        given = {field.name: _source_of(field.name, flags, environment)[1] for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def check_files(self) -> None:
         """Each setting that names a file has one of its own, in a folder that exists. Raises SetupError.
@@ -320,11 +317,9 @@ class Config:
         """
         owners = {_identity(__file__): "this program"}
         for field in dataclasses.fields(self):
-            if "file" not in field.metadata:
-                continue
-            unset, beside = field.metadata["file"]
+            unset, beside = field.metadata.get("file", (None, None))
             path, name = str(getattr(self, field.name) or unset or ""), field.name
-            if not path:
+            if not path or beside is None:
                 continue
             check_place(name, path)
             files = _files_of(path, beside(self))
@@ -422,15 +417,15 @@ def strange_variables(flags: dict, environment: dict) -> list[str]:
     names = [field.name for field in dataclasses.fields(Config)]
     warnings = []
     for variable, value in sorted(environment.items()):
-        # Without the beginning that all have in common, and that would make them all look alike
-        name = variable[len("WEBHOOK_"):].lower()
         if not variable.upper().startswith("WEBHOOK_") or not value:
             continue
-        if name in names and variable == variable_of(name):
-            if LINK_VALUE.match(value) and flags.get(name) is None:
-                warnings.append(f"{variable}={value} is not taken: Kubernetes and Docker make such a variable "
-                                f"for a service called webhook; use {flag_of(name)} to set it")
-        elif not LINK_VALUE.match(value) and not LINK_NAME.fullmatch(variable):
+        # Without the beginning that all have in common, and that would make them all look alike
+        name = variable[len("WEBHOOK_"):].lower()
+        is_ours, is_link = name in names and variable == variable_of(name), LINK_VALUE.match(value)
+        if is_ours and is_link and flags.get(name) is None:
+            warnings.append(f"{variable}={value} is not taken: Kubernetes and Docker make such a variable "
+                            f"for a service called webhook; use {flag_of(name)} to set it")
+        if not is_ours and not is_link and not LINK_NAME.fullmatch(variable):
             warnings.append(f"the environment variable {variable} is no setting and is not read; "
                             f"{did_you_mean(name, names, variable_of)}")
     return warnings
@@ -4842,7 +4837,10 @@ class Redactor:
             wrong.update(LOGGED_FIELDS)
         parts = [f'"{name}": {_shown_member(name, value[name], name in wrong)}'
                  for name in LOGGED_FIELDS if name in value]
-        return _counted("{" + ", ".join(parts) + "}", len(value) - len(parts))
+        shown, further = "{" + ", ".join(parts) + "}", len(value) - len(parts)
+        if further:
+            return f"{shown} +{further}"
+        return shown
 
     def unreadable(self, body: bytes) -> str:
         """A body that is no JSON."""
@@ -4871,35 +4869,11 @@ def _shown_member(name: str, value: Any, is_wrong: bool) -> str:
         return MASK
 
 
-def _counted(text: str, further: int) -> str:
-    if further > 0:
-        return f"{text} +{further}"
-    return text
-
-
 def _one_line(text: str) -> str:
     """JSON text in one line of printable ASCII, with the same meaning."""
     if text.isascii() and text.isprintable():
         return text
     return NOT_PRINTABLE.sub(lambda found: encode_basestring_ascii(found[0])[1:-1], text.translate(SPACES))
-
-
-class RequestRecord(NamedTuple):
-    """What the log says of one request.
-
-    `route` is a route's pattern or "-", `note` has nothing of the sender's, `payload` is made by a Redactor.
-    """
-    level: str
-    time: float
-    request_id: str
-    method: str
-    route: str
-    status: int
-    note: str
-    event_id: Optional[int]
-    seconds: float
-    address: str
-    payload: str = ""
 
 
 class Sink:
@@ -4921,19 +4895,16 @@ class Sink:
         """Called at the end."""
 
 
-class _LogFile(logging.handlers.RotatingFileHandler):
-    """The standard library's rotation, unbuffered: a failed write leaves nothing behind to be repeated."""
+def _open_log(path: str) -> Any:
+    """The end of a file, unbuffered: a failed write leaves nothing behind that would be repeated.
 
-    def _open(self) -> Any:
-        return open(self.baseFilename, "ab", buffering=0, opener=_open_at_once)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """os.open() that fails, and does not wait, where `path` is a pipe that nobody reads."""
-    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o600)
-    if hasattr(os, "O_NONBLOCK"):
-        os.set_blocking(descriptor, True)
-    return descriptor
+    A pipe that nobody reads is an error and not waited for.
+    """
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags | at_once, 0o600))
+    if at_once:
+        os.set_blocking(file.fileno(), True)
+    return file
 
 
 class FileSink(Sink):
@@ -4941,46 +4912,42 @@ class FileSink(Sink):
 
     def __init__(self, path: str, max_bytes: int, backups: int) -> None:
         """Raises SetupError."""
-        self._max_bytes = max_bytes
+        self._path, self._max_bytes, self._backups = os.path.abspath(path), max_bytes, backups
         self.most = min(max_bytes, LOG_WRITE)
         self._look_at = 0.0
         try:
-            self._file = _LogFile(path, maxBytes=max_bytes, backupCount=backups)
-            # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
-            self._is_file = os.path.isfile(path) and not os.path.abspath(path).startswith(("/dev/", "/proc/"))
+            self._file = _open_log(self._path)
         except OSError as error:
             reason = error.strerror
             if error.errno == errno.ENXIO:
                 reason = "nobody reads this pipe; start its reader first"
             raise SetupError(f"log_file {path}: {reason}") from None
+        # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
+        self._is_file = os.path.isfile(path) and not self._path.startswith(("/dev/", "/proc/"))
 
     def write(self, data: bytes, level: str) -> None:
         """Append whole lines. Raises OSError."""
         self.tend()
-        if not self._is_file:
-            _write_all(self._file.stream.write, data)
-            return
-        size = self._status().st_size   # not tell(): others may have emptied the file
-        if size and size + len(data) > self._max_bytes:
+        size = self._status().st_size                   # not tell(): others may have emptied the file
+        if self._is_file and size and size + len(data) > self._max_bytes:
             self._rotate()
             size = self._status().st_size
         try:
-            _write_all(self._file.stream.write, data)
+            _write_all(self._file.write, data)
         except OSError:
             with contextlib.suppress(OSError):          # half a line would join the next one
-                self._file.stream.truncate(size)
+                self._file.truncate(size)
             raise
 
     def tend(self) -> None:
         """Have a file open that has our name: ours may have been renamed or removed. Raises OSError."""
-        file, now = self._file, time.monotonic()
-        if file.stream is not None and self._is_file and now >= self._look_at:
+        now = time.monotonic()
+        if self._file is not None and self._is_file and now >= self._look_at:
             self._look_at = now + LOG_LOOK_SECONDS      # first, so that no reopen() is lost
             if self._has_lost_its_name():
-                stream, file.stream = file.stream, None
-                stream.close()
-        if file.stream is None:                         # or a rotation failed half way
-            file.stream = file._open()
+                self.close()
+        if self._file is None:
+            self._file = _open_log(self._path)
 
     def reopen(self) -> None:
         """Look at once whether the file still has its name. May be called in a signal handler."""
@@ -4988,24 +4955,28 @@ class FileSink(Sink):
 
     def _has_lost_its_name(self) -> bool:
         try:
-            return not os.path.samestat(os.stat(self._file.baseFilename), self._status())
+            return not os.path.samestat(os.stat(self._path), self._status())
         except (FileNotFoundError, NotADirectoryError):
             return True
 
     def _status(self) -> os.stat_result:
-        return os.fstat(self._file.stream.fileno())
+        return os.fstat(self._file.fileno())
 
     def _rotate(self) -> None:
-        """Rotate, or go on with the same file where that is forbidden: a long log is better than none."""
-        try:
-            self._file.doRollover()
-        except OSError:
-            if self._file.stream is None:
-                self._file.stream = self._file._open()
+        """Rename, the oldest first, or go on with the same file: a long log is better than none."""
+        names = [self._path] + [f"{self._path}.{number}" for number in range(1, self._backups + 1)]
+        self.close()                                    # Windows renames no open file
+        with contextlib.suppress(OSError):
+            for newer, older in reversed(list(zip(names, names[1:]))):
+                if os.path.exists(newer):
+                    os.replace(newer, older)
+        self.tend()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 class StreamSink(Sink):
@@ -5102,9 +5073,12 @@ class Log:
 
     # -- making lines, on any thread
 
-    def request(self, record: RequestRecord) -> None:
-        """Queue the line of one request. Hot path: 2 us."""
-        level, moment, request_id, method, route, status, note, event_id, seconds, address, payload = record
+    def request(self, level: str, moment: float, request_id: str, method: str, route: str, status: int,
+                note: str, event_id: Optional[int], seconds: float, address: str, payload: str = "") -> None:
+        """Queue the line of one request that came at `moment` and took `seconds`. Hot path: 2 us.
+
+        `route` is a route's pattern or "-", `note` has nothing of the sender's, `payload` is a Redactor's.
+        """
         if LEVELS[level] < self._lowest:
             return
         try:
@@ -5980,15 +5954,14 @@ class Endpoints:
         return self.refused(request, Refusal(500, message, close=True))
 
     def note(self, request: Request, status: int, level: str, note: str, event_id: Optional[int]) -> None:
-        """The one place where a request ends: log it. Hot path: a plain tuple, 0.5 us less than a
-        RequestRecord."""
+        """The one place where a request ends: log it. Hot path."""
         ruling, event = request.ruling, request.event
         payload = request.payload
         if event is not None:
             payload = self.rules.redactor.event(event)
         seconds = time.monotonic() - request.started
-        self.log.request((level, time.time(), request.id, ruling.method, ruling.pattern, status, note,
-                          event_id, seconds, request.address, payload))
+        self.log.request(level, time.time(), request.id, ruling.method, ruling.pattern, status, note,
+                         event_id, seconds, request.address, payload)
 
 
 NEEDED = ("database", "disk", "service")        # the checks of /health/ready
