@@ -5304,7 +5304,9 @@ class RoutingTest(unittest.TestCase):
         for path in ("//health", "/health/", "/./health", "/x/../health", "/%2e%2e/health", "/health/..", "/health;a=b",
                      "/health%00", "/webhook/appointments/", "/webhook/appointments/-1", "/webhook/appointments/+1",
                      "/webhook/appointments/1_0", "/webhook/appointments/1e3", "/webhook/appointments/%20 1",
-                     "/webhook/appointments/%D9%A1", "/webhook/appointments/1%0A", "/webhook/appointments/" + "9" * 19):
+                     "/webhook/appointments/%D9%A1", "/webhook/appointments/1%0A", "/webhook/appointments/" + "9" * 19,
+                     "/webhook/appointments/{event_id}", "/webhook/appointments/%7Bevent_id%7D",
+                     "/webhook%2Fappointments", "/webhook/appointments%2F1", "/schemaxjson"):
             with self.subTest(path):
                 self.assertEqual(self.refusal(receiver.match_route, "GET", path).status, 404)
 

@@ -5696,8 +5696,7 @@ class Request(Submission):
 
 
 class Reading:
-    """One read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent:
-    nobody waits until a slow reader has taken it."""
+    """One read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent."""
 
     def __init__(self, store: Store, heavy: Turns, wanted: Filter, after: int) -> None:
         self._store, self._heavy, self._wanted, self._after = store, heavy, wanted, after
@@ -5804,10 +5803,7 @@ class Endpoints:
         if outcome.kind == "stored":
             return stored_response(request.id, stored_id)
         if outcome.kind != "duplicate":
-            try:
-                raise outcome.error
-            except Exception as error:
-                return self.failed(request, error)
+            return self.failed(request, outcome.error)
         if outcome.identical and self._identical_is_fine:
             response = json_response({"status": "duplicate", "message": "Event was already stored",
                                       "request_id": request.id, "event_id": stored_id}, note="duplicate",
@@ -5914,8 +5910,7 @@ class Endpoints:
         return encode(response, ruling.head, request.id, self.date(), ruling.answer_fields, close)
 
     def stored(self, request: Request, event_id: int) -> bytes:
-        """The bytes of the answer to an ordinary event that is stored. Hot path: a template (1 against 9
-        us)."""
+        """The bytes of the answer to an event that is stored. Hot path: a template (1 against 9 us)."""
         number = str(event_id)
         text, length = self._stored
         return (text % (self.date(), length + len(number), request.id, request.id, number)).encode()
@@ -5942,14 +5937,13 @@ class Endpoints:
         return response
 
     def failed(self, request: Request, error: Exception) -> Response:
-        """The answer to an exception: a Refusal as it says, 503 when the store cannot work now, else a bug
-        and a 500."""
+        """The answer to an exception: a Refusal's own, 503 when the store cannot work now, else a bug's 500."""
         if isinstance(error, Refusal):
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
             message = f"This cannot be done now: {error.public or error}; try again"
             return self.refused(request, Refusal(503, message, fields=RETRY_AFTER))
-        self.log.exception("Unexpected error", request.id)
+        self.log.exception("Unexpected error", request.id, error)
         message = "Unexpected error; see the log entry with this request id"
         return self.refused(request, Refusal(500, message, close=True))
 
@@ -6001,8 +5995,7 @@ def event_lines(events: list) -> bytes:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): such text gets an apostrophe in
-    front."""
+    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): an apostrophe stands in front."""
     if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n＝＋－＠")):
         return "'" + value
     return value
@@ -6020,8 +6013,10 @@ def csv_lines(rows: Iterable) -> bytes:
 
 
 class Route(NamedTuple):
-    """A row of the table of routes; {event_id} in a path stands for a number, given to the endpoint. `reads`:
-    it reads events, of which only few are under way at once."""
+    """A row of the table of routes; {event_id} in a path stands for a number, given to the endpoint.
+
+    `reads`: it reads events, of which only few are under way at once.
+    """
     method: str
     path: str
     endpoint: str
@@ -6040,6 +6035,8 @@ ROUTES = (
 )
 OPTIONS = Route("OPTIONS", "*", "options", "what a path takes")
 UNMATCHED = Route("-", "-", "", "what no route is for")
+PATHS = tuple((route, re.compile(re.escape(route.path).replace(r"\{event_id\}", "([0-9]{1,18})")))
+              for route in ROUTES)
 
 
 def match_route(method: str, path: str) -> tuple:
@@ -6054,32 +6051,17 @@ def match_route(method: str, path: str) -> tuple:
 
 def routes_at(path: str) -> list:
     """[(Route, arguments)] of a path, each segment of it decoded once. Raises Refusal (400, 404)."""
-    found = [(route, ()) for route in ROUTES if route.path == path]
-    if not found:
-        try:
-            segments = [unquote_to_bytes(segment).decode() for segment in path.split("/")]
+    if "%" in path:
+        segments = map(unquote_to_bytes, path.split("/"))
+        try:                                            # a slash that was encoded parts no segments
+            path = "/".join(segment.decode().replace("/", "%2F") for segment in segments)
         except UnicodeDecodeError:
             raise Refusal(400, "The path is not UTF-8") from None
-        matches = [(route, _arguments(route.path.split("/"), segments)) for route in ROUTES]
-        found = [(route, arguments) for route, arguments in matches if arguments is not None]
+    matches = [(route, pattern.fullmatch(path)) for route, pattern in PATHS]
+    found = [(route, tuple(map(int, match.groups()))) for route, match in matches if match]
     if not found:
         raise Refusal(404, "There is nothing at this path")
     return found
-
-
-def _arguments(pattern: list, segments: list) -> Optional[tuple]:
-    """What stands in the holes of a route's path; None where it is another path."""
-    if len(pattern) != len(segments):
-        return None
-    arguments = []
-    for expected, segment in zip(pattern, segments):
-        if expected[:1] == "{":
-            if not re.fullmatch("[0-9]{1,18}", segment, re.ASCII):
-                return None
-            arguments.append(int(segment))
-        elif expected != segment:
-            return None
-    return tuple(arguments)
 
 
 def allowed_methods(routes: Iterable) -> str:
@@ -6109,8 +6091,7 @@ class Ruling:
 
 
 class Rules:
-    """All that an operator may change while we run: the contract, who may reach us under which name. Made as
-    a whole, and exchanged as a whole."""
+    """What an operator may change while we run: the contract, who may reach us. Made and exchanged as a whole."""
 
     def __init__(self, config: Config, contract: Contract, schema_text: bytes, redactor: Redactor,
                  endpoints: Endpoints, loopback: bool) -> None:
@@ -6184,8 +6165,7 @@ class Rules:
                            not ruling.answer_fields)
 
     def _check_site(self, ruling: Ruling) -> None:
-        """Refuse pages of other sites (Origin, Fetch Metadata), and names that an attacker points at this
-        machine."""
+        """Refuse pages of other sites (Origin, Fetch Metadata), and names that others point at this machine."""
         head, host = ruling.head, ruling.head.host
         if host and not self._is_ours(host):
             raise _forbidden("The Host {} is not served here", "--allowed-host adds one", host)
@@ -6195,10 +6175,8 @@ class Rules:
                                     "Access-Control-Expose-Headers": "X-Request-ID"}
             return
         # An opaque origin, "null", belongs to no site, so also not to a request without Host
-        if origin and origin.partition("://")[1:] != ("://", head.get("host").lower()):
-            raise _forbidden("Requests from pages of other sites, here {}, are refused",
-                             "--allowed-origin adds a site", origin)
-        if head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
+        is_foreign = origin and origin.partition("://")[1:] != ("://", head.get("host").lower())
+        if is_foreign or head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
             raise _forbidden("Requests from pages of other sites are refused", "--allowed-origin adds a site")
 
     def _is_ours(self, host: str) -> bool:
