@@ -7255,25 +7255,22 @@ def were_not(events: int) -> str:
 
 def _refuse_parts(config: Any, on_event: Any, logger: Any) -> None:
     """Raises SetupError for what a program around us handed over and what could only fail later."""
-    if not isinstance(config, Config):
-        raise SetupError(f"config must be a Config, such as Config(port=8000), not a {type(config).__name__}")
-    if logger is not None and not callable(getattr(logger, "log", None)):
-        raise SetupError('logger must be a logger, such as logging.getLogger("webhook"), not a '
-                         f"{type(logger).__name__}")
-    if on_event is not None:
-        _refuse_callback(on_event)
-
-
-def _refuse_callback(on_event: Any) -> None:
-    if not callable(on_event):
-        raise SetupError(f"on_event must be a function that takes an event, not a {type(on_event).__name__}")
-    for function in (on_event, type(on_event).__call__):
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            raise SetupError("on_event is an async def, which nobody would await: hand over a plain function "
-                             "such as lambda event: asyncio.run_coroutine_threadsafe(handle(event), loop)")
-        if inspect.isgeneratorfunction(function):
-            raise SetupError("on_event is a generator (it has a yield), which nobody would run: hand over a "
-                             "plain function")
+    functions = (on_event, type(on_event).__call__)
+    for is_fine, expected in (
+            (isinstance(config, Config),
+             f"config must be a Config, such as Config(port=8000), not a {type(config).__name__}"),
+            (logger is None or callable(getattr(logger, "log", None)),
+             f'logger must be a logger, such as logging.getLogger("webhook"), not a {type(logger).__name__}'),
+            (on_event is None or callable(on_event),
+             f"on_event must be a function that takes an event, not a {type(on_event).__name__}"),
+            (not any(map(inspect.iscoroutinefunction, functions)) and
+             not any(map(inspect.isasyncgenfunction, functions)),
+             "on_event is an async def, which nobody would await: hand over a plain function "
+             "such as lambda event: asyncio.run_coroutine_threadsafe(handle(event), loop)"),
+            (not any(map(inspect.isgeneratorfunction, functions)),
+             "on_event is a generator (it has a yield), which nobody would run: hand over a plain function")):
+        if not is_fine:
+            raise SetupError(expected)
 
 
 def read_schema(path: str) -> tuple:
@@ -7282,17 +7279,15 @@ def read_schema(path: str) -> tuple:
     Raises SetupError that names file, place and reason. Where no `path` is named and no schema.json is there,
     the built-in schema stands in, with a warning.
     """
-    file = Path(path) if path else DEFAULT_SCHEMA_FILE
-    where = f"schema {path or DEFAULT_SCHEMA_FILE}"
-    warnings: list = []
-    check_place("schema", str(file))
+    file, warnings = path or str(DEFAULT_SCHEMA_FILE), []
+    where = f"schema {file}"
+    check_place("schema", file)
     try:
-        data = file.read_bytes()
+        data = Path(file).read_bytes()
     except OSError as error:
-        # One that is there and cannot be read is a contract that was meant: taking another would be a
-        # surprise
+        # One that is there and cannot be read was meant: to take another would be a surprise
         if path or not isinstance(error, FileNotFoundError):
-            raise SetupError(f"schema {file}: {error.strerror}") from None
+            raise SetupError(f"{where}: {error.strerror}") from None
         warnings.append(f"{where} is missing: the built-in schema is used")
         data = json.dumps(EVENT_SCHEMA, indent=2, allow_nan=False).encode()
     try:
@@ -7300,16 +7295,13 @@ def read_schema(path: str) -> tuple:
         contract = Contract(document)
     except (JSONError, SchemaError) as error:
         raise SetupError(f"{where}: {error}") from None
-    warnings += [f"{where}: {note}" for note in contract.schema.notes]
-    dialect = DRAFT
-    if isinstance(document, dict):
-        dialect = document.get("$schema", DRAFT)
-    if dialect.rstrip("#") != DRAFT:
-        warnings.append(f"{where}: it says that it follows {dialect}, but is read by draft 2020-12")
+    notes = list(contract.schema.notes)
+    if isinstance(document, dict) and document.get("$schema", DRAFT).rstrip("#") != DRAFT:
+        notes.append(f"it says that it follows {document['$schema']}, but is read by draft 2020-12")
     missed = {problem.path for problem in contract.schema.errors({})}
-    warnings += [f"{where}: {name} is not required by it, but events without it are refused anyway"
-                 for name in REQUIRED_FIELDS if "/" + name not in missed]
-    return contract, data, warnings
+    notes += [f"{name} is not required by it, but events without it are refused anyway"
+              for name in REQUIRED_FIELDS if "/" + name not in missed]
+    return contract, data, warnings + [f"{where}: {note}" for note in notes]
 
 
 def check_of(trouble: str) -> dict:
@@ -7538,12 +7530,9 @@ class Parser(argparse.ArgumentParser):
     """Takes flags in full only, is at most 80 columns wide, and leaves the line for a mistake to main()."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=self._formatter, **options)
-
-    @staticmethod
-    def _formatter(prog: str) -> argparse.HelpFormatter:
         columns = min(80, shutil.get_terminal_size().columns)
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns - 2)
+        super().__init__(allow_abbrev=False, formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=32, width=columns - 2), **options)
 
     def error(self, message: str) -> None:
         raise SetupError(": ".join(self.prog.split()[1:] + [f"{message} (--help shows how)"]))
@@ -7576,15 +7565,14 @@ def _silence(stream: Any) -> None:
 # -- serve
 
 SAME_SIGNAL = 0.1       # seconds: some supervisors signal a process and, a moment later, the group it leads
-
-SETTINGS_HELP = """\
-Each can also come from the environment, --busy-timeout as
-WEBHOOK_BUSY_TIMEOUT; a flag wins."""
+# Python's 5 ms are how long a thread that checks a megabyte keeps the interpreter from those that only answer
+SWITCH_SECONDS = 0.001
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of Config, in its groups."""
-    group: Any = parser.add_argument_group("settings", SETTINGS_HELP)
+    group: Any = parser.add_argument_group("settings", "Each can also come from the environment, --busy-timeout "
+                                           "as\nWEBHOOK_BUSY_TIMEOUT; a flag wins.")
     for field in dataclasses.fields(Config):
         about = field.metadata
         if about["group"]:
@@ -7596,11 +7584,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             action = "append"
         group.add_argument(flag_of(field.name), dest=field.name, metavar=about["metavar"], action=action,
                            help=(about["help"] + default).replace("%", "%%"))
-
-
-# Python's 5 ms are how long a thread that checks a megabyte keeps the interpreter from one that only has to
-# answer
-SWITCH_SECONDS = 0.001
 
 
 def run_serve(options: argparse.Namespace) -> int:
@@ -7650,12 +7633,11 @@ def _raise_file_limit(connections: int) -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 256
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 # -- check
@@ -7706,40 +7688,36 @@ def check_text(contract: Contract, data: bytes) -> Iterator[tuple]:
     except JSONError as error:
         yield from _check_lines(contract, data, error)
         return
+    items = [(1 + text[:len(text) - len(text.lstrip())].count("\n"), "", value)]
     if isinstance(value, list):
-        for index, (item, line) in enumerate(zip(value, _item_lines(text))):
-            for problem in _problems(contract, item):
-                yield line, f"/{index}{problem.path}", problem.message
-    else:
-        blank = text[:len(text) - len(text.lstrip())]
-        for problem in _problems(contract, value):
-            yield 1 + blank.count("\n"), problem.path, problem.message
+        items = [(line, f"/{index}", item) for index, (item, line) in enumerate(zip(value, _item_lines(text)))]
+    for line, place, item in items:
+        for problem in _problems(contract, item):
+            yield line, place + problem.path, problem.message
 
 
 def _check_lines(contract: Contract, data: bytes, error: JSONError) -> Iterator[tuple]:
     """The problems of text that is not one JSON value, as `error` says: of NDJSON, or `error` itself."""
-    lines = [(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
-    readable = sum(_is_json(line) for _, line in lines)
+    lines = [(number, _value_of(line)) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
+    broken = sum(isinstance(value, JSONError) for _, value in lines)
     # Lines that are JSON each for itself make NDJSON, whichever of them are broken
-    if len(lines) < 2 or 2 * readable < len(lines):
+    if len(lines) < 2 or 2 * broken > len(lines):
         yield error.line, "", str(error)
         return
-    for number, line in lines:
-        try:
-            value = parse_json(line)[0]
-        except JSONError as broken:
-            yield number, "", f"Invalid JSON: {broken.reason} at column {broken.column}"
+    for number, value in lines:
+        if isinstance(value, JSONError):
+            yield number, "", f"Invalid JSON: {value.reason} at column {value.column}"
             continue
         for problem in _problems(contract, value):
             yield number, problem.path, problem.message
 
 
-def _is_json(line: bytes) -> bool:
+def _value_of(line: bytes) -> Any:
+    """The value of a line of JSON, or the JSONError that it is none."""
     try:
-        parse_json(line)
-        return True
-    except JSONError:
-        return False
+        return parse_json(line)[0]
+    except JSONError as error:
+        return error
 
 
 def _problems(contract: Contract, value: Any) -> list:
@@ -7781,13 +7759,8 @@ def run_send(options: argparse.Namespace) -> int:
     """Post one event; print status and body."""
     address = _address("--url", options.url)
     body = _body_to_send(options)
-    target = address.path
-    if not target.strip("/"):
-        target = "/webhook/appointments"
-    if address.query:
-        target += "?" + address.query
     try:
-        status, text = _post(address, target, body)
+        status, text = _post(address, body)
     except (OSError, ValueError, http.client.HTTPException) as error:
         hint = ""
         if isinstance(error, ConnectionRefusedError):
@@ -7803,8 +7776,8 @@ def run_send(options: argparse.Namespace) -> int:
 
 def _body_to_send(options: argparse.Namespace) -> bytes:
     """What FILE holds, or a test event with the members that were given."""
-    given = {name: getattr(options, name) for name in REQUIRED_FIELDS + ("notes",)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(options, name) for name in REQUIRED_FIELDS + ("notes",)
+             if getattr(options, name) is not None}
     if options.file is not None:
         for name in given:
             raise SetupError(f"send: FILE is sent as it is, {flag_of(name)} cannot change it")
@@ -7825,15 +7798,17 @@ def _address(flag: str, text: str) -> Any:
     raise SetupError(f"{flag}: {printable(text)} is not an address such as http://127.0.0.1:8000")
 
 
-def _post(address: Any, target: str, body: bytes) -> tuple:
+def _post(address: Any, body: bytes) -> tuple:
     """(status, body) of the answer. Takes no proxy, which would see patients' data; follows no redirect."""
-    if address.scheme == "http":
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
-    elif hasattr(http.client, "HTTPSConnection"):
-        connection = http.client.HTTPSConnection(address.hostname, address.port, timeout=30)
-    else:
+    kind = getattr(http.client, address.scheme.upper() + "Connection", None)
+    if kind is None:                                    # HTTPSConnection is there only with the module ssl
         raise SetupError("this Python has no ssl module, which https:// needs")
-    with contextlib.closing(connection):
+    target = "/webhook/appointments"
+    if address.path.strip("/"):
+        target = address.path
+    if address.query:
+        target += "?" + address.query
+    with contextlib.closing(kind(address.hostname, address.port, timeout=30)) as connection:
         connection.request("POST", target, body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         return answer.status, answer.read()
@@ -7871,14 +7846,11 @@ def run_bench(options: argparse.Namespace) -> int:
     _raise_file_limit(max(levels))
     print(BENCH_HEAD.format(cores=os.cpu_count(), folder=printable(folder), sync=_sync_milliseconds(folder)))
     print(BENCH_ROW.format(*BENCH_TITLES), flush=True)
-    fine = True
-    rounds = [(level, "same") for level in levels] + [(levels[-1], "differ")]
-    for level, heads in rounds:
+    code = EXIT_FINE
+    for level, heads in [(level, "same") for level in levels] + [(levels[-1], "differ")]:
         with tempfile.TemporaryDirectory(prefix="webhook-bench-", dir=folder) as database_folder:
-            fine = _bench_round(database_folder, level, heads, seconds) and fine
-    if fine:
-        return EXIT_FINE
-    return EXIT_NO
+            code = max(code, _bench_round(database_folder, level, heads, seconds))
+    return code
 
 
 def _sync_milliseconds(folder: str) -> float:
@@ -7894,8 +7866,8 @@ def _sync_milliseconds(folder: str) -> float:
     return sorted(times)[10] * 1000
 
 
-def _bench_round(folder: str, connections: int, heads: str, seconds: float) -> bool:
-    """Print the row of one round; whether all went well."""
+def _bench_round(folder: str, connections: int, heads: str, seconds: float) -> int:
+    """Print the row of one round; its exit code."""
     database = os.path.join(folder, "events.db")
     with contextlib.ExitStack() as opened:
         url = _start_server(opened, folder, database, connections)
@@ -7905,16 +7877,16 @@ def _bench_round(folder: str, connections: int, heads: str, seconds: float) -> b
         load.run(seconds)
     with contextlib.closing(sqlite3.connect(database)) as connection:
         rows = connection.execute("SELECT count(*) FROM appointment_events").fetchone()[0]
-    times = sorted(load.times)
-    answered = len(times)
-    verdict = "yes"
+    answered, times = len(load.times), sorted(load.times) or [0.0]
+    verdict, code = "yes", EXIT_FINE
     if rows != answered:
         verdict = f"NO: {rows} rows, {answered} 200s"
-    times = times or [0.0]
+    if rows != answered or load.failed:
+        code = EXIT_NO
     waits = [f"{times[int(len(times) * part)] * 1000:.2f}" for part in (0.50, 0.95, 0.99)]
     rate = f"{answered / load.seconds:.0f}"
     print(BENCH_ROW.format(connections, heads, rate, *waits, load.failed, verdict), flush=True)
-    return rows == answered and not load.failed
+    return code
 
 
 def _start_server(opened: contextlib.ExitStack, folder: str, database: str, connections: int) -> str:
