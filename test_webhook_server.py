@@ -480,7 +480,7 @@ class SettingFilesTest(FolderTest):
         for setting in ("database", "schema"):
             for path in (pipe, os.devnull):
                 self.assert_refused(self.config(**{setting: path}), f"{setting}: {path} is a pipe or a device and no file")
-        with self.assertRaisesRegex(SetupError, "^log_file .*: nobody reads this pipe; start its reader first$"):
+        with self.assertRaisesRegex(SetupError, "^log_file .*: nobody is at its other end; start what reads it first$"):
             WebhookServer(self.config(log_file=pipe))
         self.assertEqual(self.program("check", "--schema", pipe, "-"), (
             2, "", f"webhook_server.py: --schema: {pipe} is a pipe or a device and no file\n"))
@@ -8492,11 +8492,10 @@ class BenchTest(RunningTest):
                     connection.recv(65536)
             thread = threading.Thread(target=answer)
             thread.start()
-            load = receiver.BenchLoad(receiver._address("", f"http://127.0.0.1:{listener.getsockname()[1]}"),
-                                      heads_differ)
-            load.connect(1)
-            load.run(WAIT)
-            load.close()
+            address = receiver._address("", f"http://127.0.0.1:{listener.getsockname()[1]}")
+            with contextlib.ExitStack() as opened:
+                load = receiver.BenchLoad(opened, address, heads_differ, 1)
+                load.run(WAIT)
             thread.join(WAIT)
         self.assertEqual((len(load.times), load.failed), (2, 2))        # a strange answer, and the end
         return heads

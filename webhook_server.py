@@ -139,24 +139,18 @@ def _text(value: Any) -> str:
 
 
 def _optional_text(value: Any) -> str:
-    if value == "":
-        return ""
-    return _text(value)
+    return "" if value == "" else _text(value)
 
 
 def _host(value: Any) -> str:
     """A name or an address. One of IPv6 may stand in brackets, as it does in a URL."""
     text = _text(value)
     inside = re.fullmatch(r"\[([0-9A-Fa-f:.]+(%[\w.-]+)?)\]", text)
-    if inside:
-        return inside[1]
-    return text
+    return inside[1] if inside else text
 
 
 def _whole(low: int, high: int = MOST) -> Callable[[Any], int]:
-    expected = f"from {low} to {high}"
-    if high == MOST:
-        expected = f"of at least {low}"
+    expected = f"of at least {low}" if high == MOST else f"from {low} to {high}"
 
     def parse(value: Any) -> int:
         # int() alone would take "+5" and "1_0"
@@ -4837,10 +4831,8 @@ class Redactor:
             wrong.update(LOGGED_FIELDS)
         parts = [f'"{name}": {_shown_member(name, value[name], name in wrong)}'
                  for name in LOGGED_FIELDS if name in value]
-        shown, further = "{" + ", ".join(parts) + "}", len(value) - len(parts)
-        if further:
-            return f"{shown} +{further}"
-        return shown
+        further = len(value) - len(parts)
+        return "{" + ", ".join(parts) + "}" + (f" +{further}" if further else "")
 
     def unreadable(self, body: bytes) -> str:
         """A body that is no JSON."""
@@ -4853,9 +4845,7 @@ class Redactor:
 
 def _shown(text: str) -> str:
     """A text that the contract allows, quoted; a lax schema may allow longer ones than the contract."""
-    if len(text) > LONGEST_SHOWN:
-        return MASK
-    return encode_basestring_ascii(text)
+    return MASK if len(text) > LONGEST_SHOWN else encode_basestring_ascii(text)
 
 
 def _shown_member(name: str, value: Any, is_wrong: bool) -> str:
@@ -4919,8 +4909,8 @@ class FileSink(Sink):
             self._file = _open_log(self._path)
         except OSError as error:
             reason = error.strerror
-            if error.errno == errno.ENXIO:
-                reason = "nobody reads this pipe; start its reader first"
+            if error.errno == errno.ENXIO:              # a pipe, mostly
+                reason = "nobody is at its other end; start what reads it first"
             raise SetupError(f"log_file {path}: {reason}") from None
         # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
         self._is_file = os.path.isfile(path) and not self._path.startswith(("/dev/", "/proc/"))
@@ -5636,6 +5626,7 @@ ORDINARY_BODY = 8192
 PAGE_BYTES = 1024 * 1024        # size at which a page of JSON ends, whatever its limit
 PAGE_SECONDS = 2.0              # time after which it ends: `next` goes on where it looked last
 ROWS_A_STEP = 100               # events of one look into the database: more are not faster
+CSV_HEAD = (",".join(("id", *COLUMNS)) + "\r\n").encode()
 READ_SECONDS = 3600.0           # time that a stream may take
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
@@ -5840,7 +5831,7 @@ class Endpoints:
                 raise Refusal(400, f"Filter limit must be a whole number from 1 to {MAX_LIMIT}")
             pieces = reading.page(limit or DEFAULT_LIMIT, given)
         elif media_type == "text/csv":
-            pieces = reading.stream(limit, csv_lines, csv_lines([("id",) + COLUMNS]))
+            pieces = reading.stream(limit, csv_lines, CSV_HEAD)
         else:
             pieces = reading.stream(limit, event_lines)
         return reading.response(pieces, MEDIA_TYPES[media_type])
@@ -6001,14 +5992,10 @@ def csv_cell(value: Any) -> Any:
     return value
 
 
-def csv_lines(rows: Iterable) -> bytes:
-    """RFC 4180 text of rows: events, whose id comes first, or tuples as they are."""
+def csv_lines(events: list) -> bytes:
+    """Events as CSV by RFC 4180."""
     text = io.StringIO()
-    writer = csv.writer(text)
-    for row in rows:
-        if isinstance(row, AppointmentEvent):
-            row = (row.id,) + row[:-1]
-        writer.writerow(map(csv_cell, row))
+    csv.writer(text).writerows(map(csv_cell, (event.id, *event[:-1])) for event in events)
     return text.getvalue().encode()
 
 
@@ -7182,10 +7169,7 @@ class Callbacks:
         call, lost = self._call, self._lost
         if call is None or not lost and self._clock() - call[1] < self.LONG:
             return ""
-        text = f"on_event has {self._work()}"
-        if lost:
-            text += f"; {were_not(lost)} handed to it"
-        return text
+        return f"on_event has {self._work()}" + (f"; {were_not(lost)} handed to it" if lost else "")
 
     def is_calling(self) -> bool:
         """Whether this code was called by on_event."""
@@ -7248,9 +7232,7 @@ class Callbacks:
 
 def were_not(events: int) -> str:
     """"1 event was not", "3 events were not"."""
-    if events == 1:
-        return "1 event was not"
-    return f"{events} events were not"
+    return "1 event was not" if events == 1 else f"{events} events were not"
 
 
 def _refuse_parts(config: Any, on_event: Any, logger: Any) -> None:
@@ -7306,9 +7288,7 @@ def read_schema(path: str) -> tuple:
 
 def check_of(trouble: str) -> dict:
     """A check of /health: well, or with its trouble."""
-    if trouble:
-        return {"status": "failing", "message": trouble}
-    return {"status": "ok"}
+    return {"status": "failing", "message": trouble} if trouble else {"status": "ok"}
 
 
 def check_disk(database: str) -> dict:
@@ -7444,9 +7424,7 @@ class WebhookServer:
         return checks
 
     def _stopping(self) -> str:
-        if self._server is not None and self._server.draining:
-            return "stopping"
-        return ""
+        return "stopping" if self._server is not None and self._server.draining else ""
 
     def _tell_bug(self, name: str) -> None:
         self.log.exception(f"Unexpected error in {name}")
@@ -7455,9 +7433,7 @@ class WebhookServer:
         if self.store.engine.is_new:
             return "new"
         count = self.store.count()
-        if count == 1:
-            return "1 event"
-        return f"{count} events"
+        return "1 event" if count == 1 else f"{count} events"
 
     def stop(self) -> None:
         """Accept no more, answer what is in flight, commit, call on_event for the rest, flush the log.
@@ -7577,11 +7553,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         about = field.metadata
         if about["group"]:
             group = parser.add_argument_group(about["group"])
-        default, action = f" (default: {field.default})", "store"
-        if field.default in ("", ()):
-            default = ""
-        if isinstance(field.default, tuple):
-            action = "append"
+        default = "" if field.default in ("", ()) else f" (default: {field.default})"
+        action = "append" if field.default == () else "store"
         group.add_argument(flag_of(field.name), dest=field.name, metavar=about["metavar"], action=action,
                            help=(about["help"] + default).replace("%", "%%"))
 
@@ -7663,9 +7636,7 @@ def run_check(options: argparse.Namespace) -> int:
         except SetupError as error:
             code = _complain(str(error))
             continue
-        shown = printable(name, 4096)
-        if name == "-":
-            shown = "<stdin>"
+        shown = "<stdin>" if name == "-" else printable(name, 4096)
         for line, path, message in check_text(contract, data):
             code = max(code, EXIT_NO)
             print(f"{shown}:{line}: {printable(path) or '/'} {printable(message, 500)}")
@@ -7762,16 +7733,13 @@ def run_send(options: argparse.Namespace) -> int:
     try:
         status, text = _post(address, body)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        hint = ""
-        if isinstance(error, ConnectionRefusedError):
-            hint = "; is it running? python3 webhook_server.py starts it"
+        refused = isinstance(error, ConnectionRefusedError)
+        hint = "; is it running? python3 webhook_server.py starts it" if refused else ""
         _complain(f"cannot send to {options.url}: {reason_of(error)}{hint}")
         return EXIT_NO
     print(status)
     print(text.decode("utf-8", "replace"))
-    if 200 <= status < 300:
-        return EXIT_FINE
-    return EXIT_NO
+    return EXIT_FINE if 200 <= status < 300 else EXIT_NO
 
 
 def _body_to_send(options: argparse.Namespace) -> bytes:
@@ -7871,9 +7839,7 @@ def _bench_round(folder: str, connections: int, heads: str, seconds: float) -> i
     database = os.path.join(folder, "events.db")
     with contextlib.ExitStack() as opened:
         url = _start_server(opened, folder, database, connections)
-        load = BenchLoad(_address("bench", url), heads == "differ")
-        opened.callback(load.close)
-        load.connect(connections)
+        load = BenchLoad(opened, _address("bench", url), heads == "differ", connections)
         load.run(seconds)
     with contextlib.closing(sqlite3.connect(database)) as connection:
         rows = connection.execute("SELECT count(*) FROM appointment_events").fetchone()[0]
@@ -7913,22 +7879,19 @@ class BenchLoad:
     """
     PATIENCE = 10                       # seconds without any answer, after which the rest counts as failed
 
-    def __init__(self, address: Any, heads_differ: bool) -> None:
+    def __init__(self, opened: contextlib.ExitStack, address: Any, heads_differ: bool, connections: int) -> None:
+        """Connect, until `opened` is left. Raises SetupError."""
         self.times: list = []
         self.failed, self.seconds = 0, 1.0
         self._address, self._heads_differ = address, heads_differ
         self._numbers = itertools.count()
-        self._selector = selectors.DefaultSelector()
+        self._selector = opened.enter_context(selectors.DefaultSelector())
         self._began: dict = {}          # {connection: when its request went out}
-
-    def connect(self, connections: int) -> None:
-        """Raises SetupError."""
         try:
-            place = (self._address.hostname, self._address.port)
             for _ in range(connections):
-                connection = socket.create_connection(place, timeout=10)
+                connection = socket.create_connection((address.hostname, address.port), timeout=10)
+                self._began[opened.enter_context(connection)] = 0.0
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._began[connection] = 0.0
                 self._selector.register(connection, selectors.EVENT_READ)
         except OSError as error:
             reason = reason_of(error)
@@ -7945,23 +7908,24 @@ class BenchLoad:
                 self.failed += len(self._began)
                 break
             for key, _ in ready:
-                answer = _received(key.fileobj)
+                answer, connection = b"", key.fileobj
+                with contextlib.suppress(OSError):      # it is broken
+                    answer = connection.recv(65536)     # ours come in one piece
                 now = time.perf_counter()
                 if answer.startswith(b"HTTP/1.1 200 "):
-                    self.times.append(now - self._began[key.fileobj])
+                    self.times.append(now - self._began[connection])
                 else:
                     self.failed += 1
                 if answer and now < begin + seconds:
-                    self._post(key.fileobj)
+                    self._post(connection)
                 else:
-                    self._end(key.fileobj)
+                    self._selector.unregister(connection)
+                    del self._began[connection]
         self.seconds = now - begin
 
     def _post(self, connection: socket.socket) -> None:
         number = next(self._numbers)
-        own = ""
-        if self._heads_differ:
-            own = f"Webhook-Id: msg_{number:024}\r\n"
+        own = f"Webhook-Id: msg_{number:024}\r\n" if self._heads_differ else ""
         body = (f'{{"event_type": "scheduled", "appointment_id": "BENCH-{number:09}", "patient_id": "PAT-'
                 f'{number % 5000:04}", "timestamp": "2025-01-10T14:00:00Z", "notes": "Follow-up in room 4, '
                 'bring earlier results."}')
@@ -7970,25 +7934,6 @@ class BenchLoad:
         self._began[connection] = time.perf_counter()
         with contextlib.suppress(OSError):              # the next recv will tell
             connection.sendall(request.encode())
-
-    def _end(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        connection.close()
-        del self._began[connection]
-
-    def close(self) -> None:
-        """Close what is still open."""
-        for connection in list(self._began):
-            connection.close()
-        self._selector.close()
-
-
-def _received(connection: socket.socket) -> bytes:
-    """An answer, as ours come in one piece; nothing when the connection is broken."""
-    try:
-        return connection.recv(65536)
-    except OSError:
-        return b""
 
 
 # -- which command
