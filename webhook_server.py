@@ -6066,15 +6066,14 @@ class Ruling:
     same one. `ordinary`: a small event on a connection that stays open, which the poller may take. `method`
     and `pattern` are what the log says of the request: never what was sent.
     """
-    __slots__ = ("head", "route", "endpoint", "arguments", "refusal", "answer_fields", "ordinary", "method",
-                 "pattern")
+    route, arguments = UNMATCHED, ()
+    endpoint: Optional[Callable] = None
+    refusal: Optional[Refusal] = None
+    ordinary = False
+    method = pattern = "-"
 
     def __init__(self, head: Head) -> None:
-        self.head, self.route, self.arguments, self.answer_fields = head, UNMATCHED, (), {}
-        self.endpoint: Optional[Callable] = None
-        self.refusal: Optional[Refusal] = None
-        self.ordinary = False
-        self.method = self.pattern = "-"
+        self.head, self.answer_fields = head, {}
 
 
 class Rules:
@@ -7198,12 +7197,8 @@ class Callbacks:
         self._log.line("WARNING", f"on_event has {self._work()} while {waiting} events wait: {text}")
 
     def _run(self) -> None:
-        while True:
-            event = self._queue.get()
+        for event in iter(self._queue.get, None):
             if self._given_up:
-                return
-            if event is None:
-                self._caught_up()
                 return
             self._call = (event.id, self._clock())
             with self._lock:
@@ -7211,6 +7206,7 @@ class Callbacks:
             self._run_one(event)
             if self._queue.empty():
                 self._caught_up()
+        self._caught_up()
 
     def _run_one(self, event: AppointmentEvent) -> None:
         try:
