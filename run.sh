@@ -18,16 +18,22 @@ here=$(CDPATH='' cd -- "$(dirname -- "$me")" && pwd)
 # what keeps a Python from running it; nothing when it can
 trouble() {
     command -v "$1" >/dev/null || { echo "is not here; install Python 3.9 or newer"; return; }
-    "$1" -c '
+    answer=$("$1" -c '
 import sys
 if sys.version_info < (3, 9):
     print("is Python %d.%d; install 3.9 or newer" % sys.version_info[:2])
 else:
     try:
         import email.utils, http.server, sqlite3
+        print("works")
     except ImportError as error:
         print("lacks %s of its standard library; install all of it (Debian, Ubuntu: apt install python3)" % error.name)
-' 2>/dev/null </dev/null || echo "is no Python that works; install 3.9 or newer"
+' 2>/dev/null </dev/null) || answer=
+    case $answer in                     # other programs say nothing, or anything
+        works) ;;
+        "is Python "* | "lacks "*) echo "$answer" ;;
+        *) echo "is no Python that works; install 3.9 or newer" ;;
+    esac
 }
 
 why= said=

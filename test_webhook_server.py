@@ -40,7 +40,7 @@ from unittest import mock
 import webhook_server as receiver
 from webhook_server import (
     AppointmentEvent, Config, Contract, Filter, InvalidEvent, JSONError, Log, Outcome, Redactor,
-    RequestIds, RequestRecord, SQLite, Schema, SchemaError, SetupError, Store, StoreLocked, StoreUnavailable,
+    RequestIds, SQLite, Schema, SchemaError, SetupError, Store, StoreLocked, StoreUnavailable,
     Submission, WebhookServer, canonical_json, canonical_timestamp, content_digest, ecma_pattern, json_equal,
     parse_json, read_pattern)
 
@@ -333,7 +333,8 @@ class ConfigTest(unittest.TestCase):
                                          ({}, {"WEBHOOK_MAX_BODY": "1MB"}, "WEBHOOK_MAX_BODY: ")):
             with self.subTest(name), self.assertRaises(SetupError) as caught:
                 Config.read(flags, environment)
-            self.assertTrue(str(caught.exception).startswith(name + "must be "), caught.exception)
+            told = receiver.as_given(str(caught.exception), flags, environment)
+            self.assertTrue(told.startswith(name + "must be "), told)
         with self.assertRaisesRegex(SetupError, "^port: must be a whole number from 0 to 65535$"):
             Config(port=65536)
 
@@ -471,6 +472,18 @@ class SettingFilesTest(FolderTest):
         (self.folder / "none").mkdir()
         self.config(database=self.folder / "none" / "x").check_files()
         self.config(database=self.folder / ("x" * 300) / "x").check_files()     # who opens it says it better
+
+    @unittest.skipUnless(POSIX, "needs a named pipe")
+    def test_a_pipe_that_nobody_serves_keeps_nobody_waiting(self):
+        pipe = self.folder / "pipe"
+        os.mkfifo(pipe)
+        for setting in ("database", "schema"):
+            for path in (pipe, os.devnull):
+                self.assert_refused(self.config(**{setting: path}), f"{setting}: {path} is a pipe or a device and no file")
+        with self.assertRaisesRegex(SetupError, "^log_file .*: nobody is at its other end; start what reads it first$"):
+            WebhookServer(self.config(log_file=pipe))
+        self.assertEqual(self.program("check", "--schema", pipe, "-"), (
+            2, "", f"webhook_server.py: --schema: {pipe} is a pipe or a device and no file\n"))
 
     def test_a_setting_that_comes_later_is_looked_after_when_it_is_declared_a_file(self):
         @dataclasses.dataclass(frozen=True)
@@ -4100,10 +4113,10 @@ class Sink(receiver.Sink):
 
 
 def record(**parts):
-    return RequestRecord(**{
-        "level": "INFO", "time": 1736518995.125, "request_id": "2025-01-10T14:23:15.123456", "method": "POST",
-        "route": PATH, "status": 200, "note": "stored", "event_id": 12, "seconds": 0.00123,
-        "address": "127.0.0.1", **parts})
+    """What Log.request() takes."""
+    return {"level": "INFO", "moment": 1736518995.125, "request_id": "2025-01-10T14:23:15.123456",
+            "method": "POST", "route": PATH, "status": 200, "note": "stored", "event_id": 12, "seconds": 0.00123,
+            "address": "127.0.0.1", **parts}
 
 
 def numbers(text):
@@ -4136,8 +4149,8 @@ class LogTest(ServerTest):
 
     def test_one_line_holds_all_of_a_request(self):
         log, sink = self.log()
-        log.request(record(payload='{"event_type": "scheduled"} +1'))
-        log.request(record(time=1736518995.9999, event_id=None, status=404, level="WARNING", note="Not here",
+        log.request(**record(payload='{"event_type": "scheduled"} +1'))
+        log.request(**record(moment=1736518995.9999, event_id=None, status=404, level="WARNING", note="Not here",
                            method="GET"))
         log.stop()
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(1736518995))
@@ -4153,7 +4166,7 @@ class LogTest(ServerTest):
                    {"address": "::1"}, {"event_id": 7}, {"seconds": 1}, {"payload": "{}"},
                    {"request_id": "-"}]
         for change in changes + [{}]:
-            log.request(record(**change))
+            log.request(**record(**change))
         log.stop()
         lines = [line.partition(" - [")[2] for line in sink.text.splitlines()]
         self.assertEqual((lines[0], len(set(lines))), (lines[-1], len(changes)))
@@ -4163,7 +4176,7 @@ class LogTest(ServerTest):
 
         def talk(number):
             for at in range(300):
-                log.request(record(time=1000.25 + number + at % 2 * 10, note=f"note {number} {at % 2}",
+                log.request(**record(moment=1000.25 + number + at % 2 * 10, note=f"note {number} {at % 2}",
                                    address=f"{number}.{at % 2}"))
         switching = sys.getswitchinterval()
         self.addCleanup(sys.setswitchinterval, switching)
@@ -4197,7 +4210,7 @@ class LogTest(ServerTest):
         log, sink = self.log()
         moments = (100.25, 99.75, 101.0, 100.5)
         for moment in moments:
-            log.request(record(time=moment))
+            log.request(**record(moment=moment))
         log.stop()
         self.assertEqual([line[:23] for line in sink.text.splitlines()], [
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(moment))) + f",{int(moment % 1 * 1000):03d}"
@@ -4210,7 +4223,7 @@ class LogTest(ServerTest):
                 log, sink = self.log(level)
                 for name in levels:
                     log.line(name, "a line")
-                    log.request(record(level=name))
+                    log.request(**record(level=name))
                 log.stop()
                 self.assertEqual(re.findall("webhook - ([A-Z]+) ", sink.text),
                                  [name for name in levels[at:] for _ in range(2)])
@@ -4218,7 +4231,7 @@ class LogTest(ServerTest):
     def test_no_input_forges_a_line_or_moves_the_cursor(self):
         log, sink = self.log(mode="full")
         for part in ("method", "route", "note", "address"):
-            log.request(record(**{part: FORGERY}))
+            log.request(**record(**{part: FORGERY}))
         log.line("ERROR", FORGERY, stack="Traceback\n  " + FORGERY)
         log.stop()
         heads = [line for line in sink.text.split("\n") if line and not line.startswith("    ")]
@@ -4231,14 +4244,14 @@ class LogTest(ServerTest):
     def test_what_is_kept_for_speed_is_bounded(self):
         log, sink = self.log()
         for number in range(3000):
-            log.request(record(note=f"line {number}." + "x" * 5000))
+            log.request(**record(note=f"line {number}." + "x" * 5000))
         log.stop()
         self.assertEqual(numbers(sink.text), list(range(3000)))
         self.assertLessEqual(len(log._frames), receiver.FRAMES_KEPT)
         self.assertLess(len(sink.text), 3000 * 1200)
         with mock.patch.object(log, "_frame", wraps=log._frame) as make:
             for number in range(5):
-                log.request(record(event_id=number, request_id=str(number), time=number, seconds=number,
+                log.request(**record(event_id=number, request_id=str(number), moment=number, seconds=number,
                                    payload="{}"))
         self.assertEqual(make.call_count, 1)
 
@@ -4361,7 +4374,7 @@ class LogTest(ServerTest):
     def test_what_is_being_written_counts_as_waiting_and_a_wrong_count_heals(self):
         log, sink = self.hanging_log()
         for number in range(1000):
-            log.request(record(payload="x" * 1000))
+            log.request(**record(payload="x" * 1000))
         being_written = log._dated("INFO", 0, "[-] into a pipe that nobody reads\n")
         self.assertEqual(log._waiting, sum(len(text) for _, text in log._queue) + len(being_written))
         sizes, write = [], Sink.write
@@ -4394,7 +4407,7 @@ class LogTest(ServerTest):
         with mock.patch.object(receiver, "LOG_LINES", 10):
             for number in range(15):
                 log.line("INFO", f"line {number}")
-                log.request(record())
+                log.request(**record())
         self.assertEqual(log.trouble(), "20 log lines were dropped: the queue was full")
         log.start()
         log.stop()
@@ -4406,7 +4419,7 @@ class LogTest(ServerTest):
             with self.subTest(size):
                 log, sink = self.hanging_log()
                 for number in range(24000):
-                    log.request(record(level="WARNING", status=400, payload="x" * size))
+                    log.request(**record(level="WARNING", status=400, payload="x" * size))
                 waiting = sum(len(text) for _, text in log._queue)
                 self.assertLessEqual(waiting, receiver.LOG_BYTES)
                 self.assertGreater(len(log._queue), lines * 0.9)
@@ -4422,8 +4435,8 @@ class LogTest(ServerTest):
 
     def test_one_line_larger_than_all_that_may_wait_is_dropped_and_its_neighbour_is_not(self):
         log, sink = self.log(start=False)
-        log.request(record(payload="x" * receiver.LOG_BYTES))
-        log.request(record(payload="y" * (receiver.LOG_BYTES - 1000)))
+        log.request(**record(payload="x" * receiver.LOG_BYTES))
+        log.request(**record(payload="y" * (receiver.LOG_BYTES - 1000)))
         log.start()
         log.stop()
         counts = [sink.text.count(part) for part in ("1 log lines were dropped", "=xxx", "=yyy")]
@@ -4646,7 +4659,7 @@ class LogFileTest(ServerTest):
         sink = receiver.FileSink(str(self.path), 4096, 2)
         self.addCleanup(sink.close)
         sink.write(b"x" * 4000 + b"\n", "INFO")
-        with mock.patch.object(receiver._LogFile, "_open", side_effect=OSError(24, "Too many open files")):
+        with mock.patch.object(receiver, "_open_log", side_effect=OSError(24, "Too many open files")):
             for _ in range(2):
                 with self.assertRaisesRegex(OSError, "Too many open files"):
                     sink.write(b"y" * 4000 + b"\n", "INFO")
@@ -4655,7 +4668,7 @@ class LogFileTest(ServerTest):
 
     def test_a_file_that_cannot_be_rotated_is_written_on(self):
         log = self.log(max_bytes=4096)
-        with mock.patch.object(os, "rename", side_effect=PermissionError(13, "Permission denied")):
+        with mock.patch.object(os, "replace", side_effect=PermissionError(13, "Permission denied")):
             for number in range(200):
                 log.line("INFO", f"line {number}.")
             log.stop()
@@ -4773,7 +4786,7 @@ class LogFileTest(ServerTest):
         with open(self.path, "ab") as file:
             sink = receiver.FileSink(f"/proc/self/fd/{file.fileno()}", 4096, 2)
             self.addCleanup(sink.close)
-            with mock.patch.object(receiver._LogFile, "doRollover") as rotate:
+            with mock.patch.object(sink, "_rotate") as rotate:
                 for _ in range(3):
                     sink.write(b"x" * 3000, "INFO")
         self.assertEqual((rotate.call_count, self.path.stat().st_size), (0, 9000))
@@ -4782,7 +4795,7 @@ class LogFileTest(ServerTest):
     def test_the_file_that_is_left_is_closed(self):
         sink = receiver.FileSink(str(self.path), 4096, 2)
         self.addCleanup(sink.close)
-        left = sink._file.stream
+        left = sink._file
         os.rename(self.path, self.path.with_name("moved"))
         sink.reopen()
         sink.tend()
@@ -5291,7 +5304,9 @@ class RoutingTest(unittest.TestCase):
         for path in ("//health", "/health/", "/./health", "/x/../health", "/%2e%2e/health", "/health/..", "/health;a=b",
                      "/health%00", "/webhook/appointments/", "/webhook/appointments/-1", "/webhook/appointments/+1",
                      "/webhook/appointments/1_0", "/webhook/appointments/1e3", "/webhook/appointments/%20 1",
-                     "/webhook/appointments/%D9%A1", "/webhook/appointments/1%0A", "/webhook/appointments/" + "9" * 19):
+                     "/webhook/appointments/%D9%A1", "/webhook/appointments/1%0A", "/webhook/appointments/" + "9" * 19,
+                     "/webhook/appointments/{event_id}", "/webhook/appointments/%7Bevent_id%7D",
+                     "/webhook%2Fappointments", "/webhook/appointments%2F1", "/schemaxjson"):
             with self.subTest(path):
                 self.assertEqual(self.refusal(receiver.match_route, "GET", path).status, 404)
 
@@ -5427,6 +5442,17 @@ class RulesTest(unittest.TestCase):
             with self.subTest(host, **settings):
                 ruling = self.rules(loopback, **settings).ruling(head_bytes(host="Host: " + host))
                 self.assertEqual(ruling.refusal is None, served)
+
+
+    def test_a_sender_hears_what_is_refused_and_only_the_log_hears_what_to_do_about_it(self):
+        for line, flag in (("Host: evil.example", "--allowed-host"), ("Origin: http://evil.example", "--allowed-origin"),
+                           ("Sec-Fetch-Site: cross-site", "--allowed-origin")):
+            with self.subTest(line):
+                host = "" if line.startswith("Host") else "Host: localhost"
+                refusal = self.rules().ruling(head_bytes(line, host=host)).refusal
+                self.assertNotIn("--", refusal.message)
+                self.assertIn(flag, refusal.note)
+                self.assertNotIn("evil", refusal.note)
 
 
 class ReceiveTest(HTTPTest):
@@ -7001,7 +7027,10 @@ class PrivacyTest(HTTPTest):
                     raise KeyError(stored.payload)
                 server = self.start(log_payloads=mode, log_file=str(log), database=str(self.folder / f"{mode}.db"),
                                     schema=str(self.folder / "schema.json"), log_level="DEBUG", on_event=on_event)
-                seen = {status for request in self.requests() for status in statuses(self.exchange(server, request))}
+                answers = [self.exchange(server, request) for request in self.requests()]
+                seen = {status for answer in answers for status in statuses(answer)}
+                inside = rb" --[a-z]|WEBHOOK_|[.](db|py|log)\b|" + re.escape(str(self.folder)).encode()
+                self.assertEqual([answer for answer in answers if re.search(inside, answer)], [])
                 with mock.patch.object(server._endpoints.rules.contract, "event", side_effect=ValueError(self.MARK)):
                     self.assertEqual(self.post(server).status, 500)
                 server.stop()
@@ -8493,11 +8522,10 @@ class BenchTest(RunningTest):
                     connection.recv(65536)
             thread = threading.Thread(target=answer)
             thread.start()
-            load = receiver.BenchLoad(receiver._address("", f"http://127.0.0.1:{listener.getsockname()[1]}"),
-                                      heads_differ)
-            load.connect(1)
-            load.run(WAIT)
-            load.close()
+            address = receiver._address("", f"http://127.0.0.1:{listener.getsockname()[1]}")
+            with contextlib.ExitStack() as opened:
+                load = receiver.BenchLoad(opened, address, heads_differ, 1)
+                load.run(WAIT)
             thread.join(WAIT)
         self.assertEqual((len(load.times), load.failed), (2, 2))        # a strange answer, and the end
         return heads
@@ -8737,12 +8765,12 @@ class DocumentTest(ServerTest):
             with self.subTest(commands[:80]):
                 self.assertEqual(self.without_times(done.stdout.decode()), self.without_times(expected))
             tried += 1
-        self.assertEqual(tried, 10)                     # a new example counts; none is lost unseen
+        self.assertEqual(tried, 6)                      # a new example counts; none is lost unseen
 
     @unittest.skipUnless(POSIX and shutil.which("curl"), "needs a shell and curl")
     def test_the_log_lines_in_the_readme_are_what_is_logged(self):
         server = self.start(database=str(self.folder / "appointments.db"), log_file=str(self.folder / "log"))
-        for _, commands in self.blocks()[1:7]:
+        for _, commands in self.blocks()[1:4]:
             if commands.startswith("curl"):
                 subprocess.run(["sh", "-c", commands.replace("http://127.0.0.1:8000", server.url)], check=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=WAIT)
@@ -8792,7 +8820,7 @@ class DocumentTest(ServerTest):
     def without_times(text):
         text = re.sub(r"(?m)^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}|\b\d+\.\dms\b", "(time)", text)
         text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", "(now)", text.replace("\r\n", "\n"))
-        return re.sub(r'"free_bytes": \d+', "(free)", text).strip()
+        return text.strip()
 
     def test_readme_has_no_place_left_to_fill_in(self):
         self.assertNotRegex((HERE / "README.md").read_text(encoding="utf-8"),
@@ -8861,6 +8889,8 @@ class DocumentTest(ServerTest):
         for words, name, lines in (
                 ("python3 is not here; install Python 3.9 or newer; ", None, ""),
                 ("python3 is no Python that works; install 3.9 or newer; ", "python3", "exit 1"),
+                ("python3 is no Python that works; install 3.9 or newer; ", "python3", "exit 0"),
+                ("python3 is no Python that works; install 3.9 or newer; ", "python3", 'echo "$@"'),
                 ("python3 is Python 3.6; ", "python3", 'echo "is Python 3.6; install 3.9 or newer"')):
             with self.subTest(words):
                 if name:

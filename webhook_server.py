@@ -56,7 +56,7 @@ try:
     import ipaddress
     import itertools
     import json
-    import logging.handlers
+    import logging
     import math
     import operator
     import os
@@ -139,24 +139,18 @@ def _text(value: Any) -> str:
 
 
 def _optional_text(value: Any) -> str:
-    if value == "":
-        return ""
-    return _text(value)
+    return "" if value == "" else _text(value)
 
 
 def _host(value: Any) -> str:
     """A name or an address. One of IPv6 may stand in brackets, as it does in a URL."""
     text = _text(value)
     inside = re.fullmatch(r"\[([0-9A-Fa-f:.]+(%[\w.-]+)?)\]", text)
-    if inside:
-        return inside[1]
-    return text
+    return inside[1] if inside else text
 
 
 def _whole(low: int, high: int = MOST) -> Callable[[Any], int]:
-    expected = f"from {low} to {high}"
-    if high == MOST:
-        expected = f"of at least {low}"
+    expected = f"of at least {low}" if high == MOST else f"from {low} to {high}"
 
     def parse(value: Any) -> int:
         # int() alone would take "+5" and "1_0"
@@ -174,13 +168,14 @@ def _seconds(value: Any) -> float:
     return float(value)
 
 
-def _one_of(*choices: str) -> Callable[[Any], str]:
-    known = {choice.lower(): choice for choice in choices}
+def _one_of(choices: str) -> Callable[[Any], str]:
+    """`choices` are separated by "|"."""
+    known = {choice.lower(): choice for choice in choices.split("|")}
 
     def parse(value: Any) -> str:
         choice = known.get(str(value).lower())
         if choice is None:
-            raise ValueError(f"must be one of {', '.join(choices)}")
+            raise ValueError(f"must be one of {', '.join(known.values())}")
         return choice
     return parse
 
@@ -212,6 +207,10 @@ def _setting(default: Any, help: str, parse: Callable[[Any], Any] = _text, metav
         "help": help, "parse": parse, "metavar": metavar, "group": group, **more})
 
 
+def _choice(default: str, choices: str, help: str) -> Any:
+    return _setting(default, help, _one_of(choices), choices)
+
+
 def _file(default: str, help: str, parse: Callable[[Any], str], group: str = "", unset: Optional[Path] = None,
           beside: Callable[[Config], Iterable[str]] = lambda config: ()) -> Any:
     """A setting that names a file; being declared so is what makes Config.check_files() look after it.
@@ -240,9 +239,8 @@ class Config:
     schema: PathText = _file(
         "", "JSON Schema of an event (default: schema.json beside the program)", _optional_text,
         unset=DEFAULT_SCHEMA_FILE)
-    duplicates: str = _setting(
-        "conflict", "answer to an event that comes again unchanged: 409 (conflict) or 200 (ok)",
-        _one_of("conflict", "ok"), "conflict|ok")
+    duplicates: str = _choice(
+        "conflict", "conflict|ok", "answer to an event that comes again unchanged: 409 (conflict) or 200 (ok)")
     # Senders give up after 5 s or so: 2 s leaves them the time to hear the 503
     busy_timeout: float = _setting(
         2.0, "how long an event waits for a locked database, then it gets 503", _seconds, "SECONDS")
@@ -251,13 +249,10 @@ class Config:
     log_max_bytes: int = _setting(
         10 * 1024 * 1024, "size at which the log file is rotated", _whole(4096), "BYTES")
     log_backups: int = _setting(5, "rotated log files to keep", _whole(1, 1000), "N")
-    log_level: str = _setting(
-        "INFO", "lowest level to log", _one_of("DEBUG", "INFO", "WARNING", "ERROR"),
-        "DEBUG|INFO|WARNING|ERROR")
-    log_payloads: str = _setting(
-        "redacted",
-        "payloads in the log: without patients' data, whole (and texts of exceptions), or not at all",
-        _one_of("redacted", "full", "none"), "redacted|full|none")
+    log_level: str = _choice("INFO", "DEBUG|INFO|WARNING|ERROR", "lowest level to log")
+    log_payloads: str = _choice(
+        "redacted", "redacted|full|none",
+        "payloads in the log: without patients' data, whole (and texts of exceptions), or not at all")
     max_request_line: int = _setting(
         8192, "longest request line, a longer one gets 414; the default is Apache's", _whole(64), "BYTES",
         group="limits of size and number")
@@ -302,15 +297,11 @@ class Config:
     def read(cls, flags: dict, environment: dict) -> Config:
         """Settings out of flags ({name: text or None}), else WEBHOOK_NAME in the environment, else defaults.
 
-        An error names the flag or the variable that it came from. A variable that is empty counts as not set,
-        and so does one that a container system made: strange_variables() tells of it.
+        A variable that is empty counts as not set, and so does one that a container system made:
+        strange_variables() tells of it. In the text of a SetupError, as_given() names the flag or variable.
         """
-        values = {}
-        for field in dataclasses.fields(cls):
-            where, value = _source_of(field.name, flags, environment)
-            if value is not None:
-                values[field.name] = checked(field.metadata["parse"], value, where)
-        return cls(**values)
+        given = {field.name: _source_of(field.name, flags, environment)[1] for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def check_files(self) -> None:
         """Each setting that names a file has one of its own, in a folder that exists. Raises SetupError.
@@ -320,13 +311,11 @@ class Config:
         """
         owners = {_identity(__file__): "this program"}
         for field in dataclasses.fields(self):
-            if "file" not in field.metadata:
-                continue
-            unset, beside = field.metadata["file"]
+            unset, beside = field.metadata.get("file", (None, None))
             path, name = str(getattr(self, field.name) or unset or ""), field.name
-            if not path:
+            if not path or beside is None:
                 continue
-            _check_place(name, path)
+            check_place(name, path)
             files = _files_of(path, beside(self))
             for identity, file in files.items():
                 if identity in owners:
@@ -352,10 +341,15 @@ def _identity(path: str) -> tuple:
     return (os.path.normcase(os.path.realpath(path)),)
 
 
-def _check_place(name: str, path: str) -> None:
-    """Raises SetupError where `path` is a folder, or would lie in one that does not exist."""
+def check_place(name: str, path: str) -> None:
+    """Raises SetupError where `path` is no file, or would lie in a folder that does not exist.
+
+    A log may go to a pipe or a device, such as /dev/stderr. All else would wait there without end.
+    """
     if os.path.isdir(path):
         raise SetupError(f"{name}: {path} is a folder and not a file")
+    if name != "log_file" and os.path.exists(path) and not os.path.isfile(path):
+        raise SetupError(f"{name}: {path} is a pipe or a device and no file")
     folder = os.curdir
     try:
         folder = os.path.dirname(os.path.realpath(path))    # fails in a folder that was removed
@@ -417,15 +411,15 @@ def strange_variables(flags: dict, environment: dict) -> list[str]:
     names = [field.name for field in dataclasses.fields(Config)]
     warnings = []
     for variable, value in sorted(environment.items()):
-        # Without the beginning that all have in common, and that would make them all look alike
-        name = variable[len("WEBHOOK_"):].lower()
         if not variable.upper().startswith("WEBHOOK_") or not value:
             continue
-        if name in names and variable == variable_of(name):
-            if LINK_VALUE.match(value) and flags.get(name) is None:
-                warnings.append(f"{variable}={value} is not taken: Kubernetes and Docker make such a variable "
-                                f"for a service called webhook; use {flag_of(name)} to set it")
-        elif not LINK_VALUE.match(value) and not LINK_NAME.fullmatch(variable):
+        # Without the beginning that all have in common, and that would make them all look alike
+        name = variable[len("WEBHOOK_"):].lower()
+        is_ours, is_link = name in names and variable == variable_of(name), LINK_VALUE.match(value)
+        if is_ours and is_link and flags.get(name) is None:
+            warnings.append(f"{variable}={value} is not taken: Kubernetes and Docker make such a variable "
+                            f"for a service called webhook; use {flag_of(name)} to set it")
+        if not is_ours and not is_link and not LINK_NAME.fullmatch(variable):
             warnings.append(f"the environment variable {variable} is no setting and is not read; "
                             f"{did_you_mean(name, names, variable_of)}")
     return warnings
@@ -4834,7 +4828,8 @@ class Redactor:
             wrong.update(LOGGED_FIELDS)
         parts = [f'"{name}": {_shown_member(name, value[name], name in wrong)}'
                  for name in LOGGED_FIELDS if name in value]
-        return _counted("{" + ", ".join(parts) + "}", len(value) - len(parts))
+        further = len(value) - len(parts)
+        return "{" + ", ".join(parts) + "}" + (f" +{further}" if further else "")
 
     def unreadable(self, body: bytes) -> str:
         """A body that is no JSON."""
@@ -4847,9 +4842,7 @@ class Redactor:
 
 def _shown(text: str) -> str:
     """A text that the contract allows, quoted; a lax schema may allow longer ones than the contract."""
-    if len(text) > LONGEST_SHOWN:
-        return MASK
-    return encode_basestring_ascii(text)
+    return MASK if len(text) > LONGEST_SHOWN else encode_basestring_ascii(text)
 
 
 def _shown_member(name: str, value: Any, is_wrong: bool) -> str:
@@ -4863,35 +4856,11 @@ def _shown_member(name: str, value: Any, is_wrong: bool) -> str:
         return MASK
 
 
-def _counted(text: str, further: int) -> str:
-    if further > 0:
-        return f"{text} +{further}"
-    return text
-
-
 def _one_line(text: str) -> str:
     """JSON text in one line of printable ASCII, with the same meaning."""
     if text.isascii() and text.isprintable():
         return text
     return NOT_PRINTABLE.sub(lambda found: encode_basestring_ascii(found[0])[1:-1], text.translate(SPACES))
-
-
-class RequestRecord(NamedTuple):
-    """What the log says of one request.
-
-    `route` is a route's pattern or "-", `note` has nothing of the sender's, `payload` is made by a Redactor.
-    """
-    level: str
-    time: float
-    request_id: str
-    method: str
-    route: str
-    status: int
-    note: str
-    event_id: Optional[int]
-    seconds: float
-    address: str
-    payload: str = ""
 
 
 class Sink:
@@ -4913,11 +4882,16 @@ class Sink:
         """Called at the end."""
 
 
-class _LogFile(logging.handlers.RotatingFileHandler):
-    """The standard library's rotation, unbuffered: a failed write leaves nothing behind to be repeated."""
+def _open_log(path: str) -> Any:
+    """The end of a file, unbuffered: a failed write leaves nothing behind that would be repeated.
 
-    def _open(self) -> Any:
-        return open(self.baseFilename, "ab", buffering=0, opener=functools.partial(os.open, mode=0o600))
+    A pipe that nobody reads is an error and not waited for.
+    """
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags | at_once, 0o600))
+    if at_once:
+        os.set_blocking(file.fileno(), True)
+    return file
 
 
 class FileSink(Sink):
@@ -4925,43 +4899,42 @@ class FileSink(Sink):
 
     def __init__(self, path: str, max_bytes: int, backups: int) -> None:
         """Raises SetupError."""
-        self._max_bytes = max_bytes
+        self._path, self._max_bytes, self._backups = os.path.abspath(path), max_bytes, backups
         self.most = min(max_bytes, LOG_WRITE)
         self._look_at = 0.0
         try:
-            self._file = _LogFile(path, maxBytes=max_bytes, backupCount=backups)
-            # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
-            self._is_file = os.path.isfile(path) and not os.path.abspath(path).startswith(("/dev/", "/proc/"))
+            self._file = _open_log(self._path)
         except OSError as error:
-            raise SetupError(f"log_file {path}: {error.strerror}") from None
+            reason = error.strerror
+            if error.errno == errno.ENXIO:              # a pipe, mostly
+                reason = "nobody is at its other end; start what reads it first"
+            raise SetupError(f"log_file {path}: {reason}") from None
+        # A pipe has no end to look at, and to rotate /dev/stderr would rename the system's
+        self._is_file = os.path.isfile(path) and not self._path.startswith(("/dev/", "/proc/"))
 
     def write(self, data: bytes, level: str) -> None:
         """Append whole lines. Raises OSError."""
         self.tend()
-        if not self._is_file:
-            _write_all(self._file.stream.write, data)
-            return
-        size = self._status().st_size   # not tell(): others may have emptied the file
-        if size and size + len(data) > self._max_bytes:
+        size = self._status().st_size                   # not tell(): others may have emptied the file
+        if self._is_file and size and size + len(data) > self._max_bytes:
             self._rotate()
             size = self._status().st_size
         try:
-            _write_all(self._file.stream.write, data)
+            _write_all(self._file.write, data)
         except OSError:
             with contextlib.suppress(OSError):          # half a line would join the next one
-                self._file.stream.truncate(size)
+                self._file.truncate(size)
             raise
 
     def tend(self) -> None:
         """Have a file open that has our name: ours may have been renamed or removed. Raises OSError."""
-        file, now = self._file, time.monotonic()
-        if file.stream is not None and self._is_file and now >= self._look_at:
+        now = time.monotonic()
+        if self._file is not None and self._is_file and now >= self._look_at:
             self._look_at = now + LOG_LOOK_SECONDS      # first, so that no reopen() is lost
             if self._has_lost_its_name():
-                stream, file.stream = file.stream, None
-                stream.close()
-        if file.stream is None:                         # or a rotation failed half way
-            file.stream = file._open()
+                self.close()
+        if self._file is None:
+            self._file = _open_log(self._path)
 
     def reopen(self) -> None:
         """Look at once whether the file still has its name. May be called in a signal handler."""
@@ -4969,24 +4942,28 @@ class FileSink(Sink):
 
     def _has_lost_its_name(self) -> bool:
         try:
-            return not os.path.samestat(os.stat(self._file.baseFilename), self._status())
+            return not os.path.samestat(os.stat(self._path), self._status())
         except (FileNotFoundError, NotADirectoryError):
             return True
 
     def _status(self) -> os.stat_result:
-        return os.fstat(self._file.stream.fileno())
+        return os.fstat(self._file.fileno())
 
     def _rotate(self) -> None:
-        """Rotate, or go on with the same file where that is forbidden: a long log is better than none."""
-        try:
-            self._file.doRollover()
-        except OSError:
-            if self._file.stream is None:
-                self._file.stream = self._file._open()
+        """Rename, the oldest first, or go on with the same file: a long log is better than none."""
+        names = [self._path] + [f"{self._path}.{number}" for number in range(1, self._backups + 1)]
+        self.close()                                    # Windows renames no open file
+        with contextlib.suppress(OSError):
+            for newer, older in reversed(list(zip(names, names[1:]))):
+                if os.path.exists(newer):
+                    os.replace(newer, older)
+        self.tend()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 class StreamSink(Sink):
@@ -5083,9 +5060,12 @@ class Log:
 
     # -- making lines, on any thread
 
-    def request(self, record: RequestRecord) -> None:
-        """Queue the line of one request. Hot path: 2 us."""
-        level, moment, request_id, method, route, status, note, event_id, seconds, address, payload = record
+    def request(self, level: str, moment: float, request_id: str, method: str, route: str, status: int,
+                note: str, event_id: Optional[int], seconds: float, address: str, payload: str = "") -> None:
+        """Queue the line of one request that came at `moment` and took `seconds`. Hot path: 2 us.
+
+        `route` is a route's pattern or "-", `note` has nothing of the sender's, `payload` is a Redactor's.
+        """
         if LEVELS[level] < self._lowest:
             return
         try:
@@ -5643,6 +5623,7 @@ ORDINARY_BODY = 8192
 PAGE_BYTES = 1024 * 1024        # size at which a page of JSON ends, whatever its limit
 PAGE_SECONDS = 2.0              # time after which it ends: `next` goes on where it looked last
 ROWS_A_STEP = 100               # events of one look into the database: more are not faster
+CSV_HEAD = (",".join(("id", *COLUMNS)) + "\r\n").encode()
 READ_SECONDS = 3600.0           # time that a stream may take
 DEFAULT_LIMIT, MAX_LIMIT = 100, 1000
 HEADS_KEPT, HEAD_KEPT_BYTES = 1024, 2048
@@ -5703,8 +5684,7 @@ class Request(Submission):
 
 
 class Reading:
-    """One read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent:
-    nobody waits until a slow reader has taken it."""
+    """One read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent."""
 
     def __init__(self, store: Store, heavy: Turns, wanted: Filter, after: int) -> None:
         self._store, self._heavy, self._wanted, self._after = store, heavy, wanted, after
@@ -5811,10 +5791,7 @@ class Endpoints:
         if outcome.kind == "stored":
             return stored_response(request.id, stored_id)
         if outcome.kind != "duplicate":
-            try:
-                raise outcome.error
-            except Exception as error:
-                return self.failed(request, error)
+            return self.failed(request, outcome.error)
         if outcome.identical and self._identical_is_fine:
             response = json_response({"status": "duplicate", "message": "Event was already stored",
                                       "request_id": request.id, "event_id": stored_id}, note="duplicate",
@@ -5851,7 +5828,7 @@ class Endpoints:
                 raise Refusal(400, f"Filter limit must be a whole number from 1 to {MAX_LIMIT}")
             pieces = reading.page(limit or DEFAULT_LIMIT, given)
         elif media_type == "text/csv":
-            pieces = reading.stream(limit, csv_lines, csv_lines([("id",) + COLUMNS]))
+            pieces = reading.stream(limit, csv_lines, CSV_HEAD)
         else:
             pieces = reading.stream(limit, event_lines)
         return reading.response(pieces, MEDIA_TYPES[media_type])
@@ -5921,8 +5898,7 @@ class Endpoints:
         return encode(response, ruling.head, request.id, self.date(), ruling.answer_fields, close)
 
     def stored(self, request: Request, event_id: int) -> bytes:
-        """The bytes of the answer to an ordinary event that is stored. Hot path: a template (1 against 9
-        us)."""
+        """The bytes of the answer to an event that is stored. Hot path: a template (1 against 9 us)."""
         number = str(event_id)
         text, length = self._stored
         return (text % (self.date(), length + len(number), request.id, request.id, number)).encode()
@@ -5949,27 +5925,25 @@ class Endpoints:
         return response
 
     def failed(self, request: Request, error: Exception) -> Response:
-        """The answer to an exception: a Refusal as it says, 503 when the store cannot work now, else a bug
-        and a 500."""
+        """The answer to an exception: a Refusal's own, 503 when the store cannot work now, else a bug's 500."""
         if isinstance(error, Refusal):
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
             message = f"This cannot be done now: {error.public or error}; try again"
             return self.refused(request, Refusal(503, message, fields=RETRY_AFTER))
-        self.log.exception("Unexpected error", request.id)
+        self.log.exception("Unexpected error", request.id, error)
         message = "Unexpected error; see the log entry with this request id"
         return self.refused(request, Refusal(500, message, close=True))
 
     def note(self, request: Request, status: int, level: str, note: str, event_id: Optional[int]) -> None:
-        """The one place where a request ends: log it. Hot path: a plain tuple, 0.5 us less than a
-        RequestRecord."""
+        """The one place where a request ends: log it. Hot path."""
         ruling, event = request.ruling, request.event
         payload = request.payload
         if event is not None:
             payload = self.rules.redactor.event(event)
         seconds = time.monotonic() - request.started
-        self.log.request((level, time.time(), request.id, ruling.method, ruling.pattern, status, note,
-                          event_id, seconds, request.address, payload))
+        self.log.request(level, time.time(), request.id, ruling.method, ruling.pattern, status, note,
+                         event_id, seconds, request.address, payload)
 
 
 NEEDED = ("database", "disk", "service")        # the checks of /health/ready
@@ -6009,27 +5983,24 @@ def event_lines(events: list) -> bytes:
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): such text gets an apostrophe in
-    front."""
+    """A cell that no spreadsheet runs as a formula (OWASP, CSV injection): an apostrophe stands in front."""
     if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n＝＋－＠")):
         return "'" + value
     return value
 
 
-def csv_lines(rows: Iterable) -> bytes:
-    """RFC 4180 text of rows: events, whose id comes first, or tuples as they are."""
+def csv_lines(events: list) -> bytes:
+    """Events as CSV by RFC 4180."""
     text = io.StringIO()
-    writer = csv.writer(text)
-    for row in rows:
-        if isinstance(row, AppointmentEvent):
-            row = (row.id,) + row[:-1]
-        writer.writerow(map(csv_cell, row))
+    csv.writer(text).writerows(map(csv_cell, (event.id, *event[:-1])) for event in events)
     return text.getvalue().encode()
 
 
 class Route(NamedTuple):
-    """A row of the table of routes; {event_id} in a path stands for a number, given to the endpoint. `reads`:
-    it reads events, of which only few are under way at once."""
+    """A row of the table of routes; {event_id} in a path stands for a number, given to the endpoint.
+
+    `reads`: it reads events, of which only few are under way at once.
+    """
     method: str
     path: str
     endpoint: str
@@ -6048,6 +6019,8 @@ ROUTES = (
 )
 OPTIONS = Route("OPTIONS", "*", "options", "what a path takes")
 UNMATCHED = Route("-", "-", "", "what no route is for")
+PATHS = tuple((route, re.compile(re.escape(route.path).replace(r"\{event_id\}", "([0-9]{1,18})")))
+              for route in ROUTES)
 
 
 def match_route(method: str, path: str) -> tuple:
@@ -6062,32 +6035,17 @@ def match_route(method: str, path: str) -> tuple:
 
 def routes_at(path: str) -> list:
     """[(Route, arguments)] of a path, each segment of it decoded once. Raises Refusal (400, 404)."""
-    found = [(route, ()) for route in ROUTES if route.path == path]
-    if not found:
-        try:
-            segments = [unquote_to_bytes(segment).decode() for segment in path.split("/")]
+    if "%" in path:
+        segments = map(unquote_to_bytes, path.split("/"))
+        try:                                            # a slash that was encoded parts no segments
+            path = "/".join(segment.decode().replace("/", "%2F") for segment in segments)
         except UnicodeDecodeError:
             raise Refusal(400, "The path is not UTF-8") from None
-        matches = [(route, _arguments(route.path.split("/"), segments)) for route in ROUTES]
-        found = [(route, arguments) for route, arguments in matches if arguments is not None]
+    matches = [(route, pattern.fullmatch(path)) for route, pattern in PATHS]
+    found = [(route, tuple(map(int, match.groups()))) for route, match in matches if match]
     if not found:
         raise Refusal(404, "There is nothing at this path")
     return found
-
-
-def _arguments(pattern: list, segments: list) -> Optional[tuple]:
-    """What stands in the holes of a route's path; None where it is another path."""
-    if len(pattern) != len(segments):
-        return None
-    arguments = []
-    for expected, segment in zip(pattern, segments):
-        if expected[:1] == "{":
-            if not re.fullmatch("[0-9]{1,18}", segment, re.ASCII):
-                return None
-            arguments.append(int(segment))
-        elif expected != segment:
-            return None
-    return tuple(arguments)
 
 
 def allowed_methods(routes: Iterable) -> str:
@@ -6105,20 +6063,18 @@ class Ruling:
     same one. `ordinary`: a small event on a connection that stays open, which the poller may take. `method`
     and `pattern` are what the log says of the request: never what was sent.
     """
-    __slots__ = ("head", "route", "endpoint", "arguments", "refusal", "answer_fields", "ordinary", "method",
-                 "pattern")
+    route, arguments = UNMATCHED, ()
+    endpoint: Optional[Callable] = None
+    refusal: Optional[Refusal] = None
+    ordinary = False
+    method = pattern = "-"
 
     def __init__(self, head: Head) -> None:
-        self.head, self.route, self.arguments, self.answer_fields = head, UNMATCHED, (), {}
-        self.endpoint: Optional[Callable] = None
-        self.refusal: Optional[Refusal] = None
-        self.ordinary = False
-        self.method = self.pattern = "-"
+        self.head, self.answer_fields = head, {}
 
 
 class Rules:
-    """All that an operator may change while we run: the contract, who may reach us under which name. Made as
-    a whole, and exchanged as a whole."""
+    """What an operator may change while we run: the contract, who may reach us. Made and exchanged as a whole."""
 
     def __init__(self, config: Config, contract: Contract, schema_text: bytes, redactor: Redactor,
                  endpoints: Endpoints, loopback: bool) -> None:
@@ -6192,22 +6148,19 @@ class Rules:
                            not ruling.answer_fields)
 
     def _check_site(self, ruling: Ruling) -> None:
-        """Refuse pages of other sites (Origin, Fetch Metadata), and names that an attacker points at this
-        machine."""
+        """Refuse pages of other sites (Origin, Fetch Metadata), and names that others point at this machine."""
         head, host = ruling.head, ruling.head.host
         if host and not self._is_ours(host):
-            raise Refusal(403, "The Host {} is not served here; --allowed-host adds one", host)
+            raise _forbidden("The Host {} is not served here", "--allowed-host adds one", host)
         origin = head.get("origin").lower()
         if origin and origin in self._config.allowed_origin:
             ruling.answer_fields = {"Access-Control-Allow-Origin": head.get("origin"), "Vary": "Origin",
                                     "Access-Control-Expose-Headers": "X-Request-ID"}
             return
         # An opaque origin, "null", belongs to no site, so also not to a request without Host
-        if origin and origin.partition("://")[1:] != ("://", head.get("host").lower()):
-            raise Refusal(403, "Requests from pages of other sites, here {}, are refused; --allowed-origin "
-                               "adds a site", origin)
-        if head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
-            raise Refusal(403, "Requests from pages of other sites are refused; --allowed-origin adds a site")
+        is_foreign = origin and origin.partition("://")[1:] != ("://", head.get("host").lower())
+        if is_foreign or head.get("sec-fetch-site", "none").lower() not in ("none", "same-origin"):
+            raise _forbidden("Requests from pages of other sites are refused", "--allowed-origin adds a site")
 
     def _is_ours(self, host: str) -> bool:
         """Whether we answer to this name. A literal address cannot be pointed elsewhere; a name can."""
@@ -6215,6 +6168,13 @@ class Rules:
         if LOOPBACK.fullmatch(host) or host == config.host.lower() or host in config.allowed_host:
             return True
         return is_address(host.strip("[]")) or not (self._loopback or config.allowed_host)
+
+
+def _forbidden(message: str, advice: str, *quoted: str) -> Refusal:
+    """A 403 whose sender hears what is refused; what to do about it is the operator's, and in the log."""
+    refusal = Refusal(403, message, *quoted)
+    refusal.note += "; " + advice
+    return refusal
 
 
 def is_address(text: str) -> bool:
@@ -7210,10 +7170,7 @@ class Callbacks:
         call, lost = self._call, self._lost
         if call is None or not lost and self._clock() - call[1] < self.LONG:
             return ""
-        text = f"on_event has {self._work()}"
-        if lost:
-            text += f"; {were_not(lost)} handed to it"
-        return text
+        return f"on_event has {self._work()}" + (f"; {were_not(lost)} handed to it" if lost else "")
 
     def is_calling(self) -> bool:
         """Whether this code was called by on_event."""
@@ -7242,12 +7199,8 @@ class Callbacks:
         self._log.line("WARNING", f"on_event has {self._work()} while {waiting} events wait: {text}")
 
     def _run(self) -> None:
-        while True:
-            event = self._queue.get()
+        for event in iter(self._queue.get, None):
             if self._given_up:
-                return
-            if event is None:
-                self._caught_up()
                 return
             self._call = (event.id, self._clock())
             with self._lock:
@@ -7255,6 +7208,7 @@ class Callbacks:
             self._run_one(event)
             if self._queue.empty():
                 self._caught_up()
+        self._caught_up()
 
     def _run_one(self, event: AppointmentEvent) -> None:
         try:
@@ -7276,32 +7230,27 @@ class Callbacks:
 
 def were_not(events: int) -> str:
     """"1 event was not", "3 events were not"."""
-    if events == 1:
-        return "1 event was not"
-    return f"{events} events were not"
+    return "1 event was not" if events == 1 else f"{events} events were not"
 
 
 def _refuse_parts(config: Any, on_event: Any, logger: Any) -> None:
     """Raises SetupError for what a program around us handed over and what could only fail later."""
-    if not isinstance(config, Config):
-        raise SetupError(f"config must be a Config, such as Config(port=8000), not a {type(config).__name__}")
-    if logger is not None and not callable(getattr(logger, "log", None)):
-        raise SetupError('logger must be a logger, such as logging.getLogger("webhook"), not a '
-                         f"{type(logger).__name__}")
-    if on_event is not None:
-        _refuse_callback(on_event)
-
-
-def _refuse_callback(on_event: Any) -> None:
-    if not callable(on_event):
-        raise SetupError(f"on_event must be a function that takes an event, not a {type(on_event).__name__}")
-    for function in (on_event, type(on_event).__call__):
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            raise SetupError("on_event is an async def, which nobody would await: hand over a plain function "
-                             "such as lambda event: asyncio.run_coroutine_threadsafe(handle(event), loop)")
-        if inspect.isgeneratorfunction(function):
-            raise SetupError("on_event is a generator (it has a yield), which nobody would run: hand over a "
-                             "plain function")
+    functions = (on_event, type(on_event).__call__)
+    for is_fine, expected in (
+            (isinstance(config, Config),
+             f"config must be a Config, such as Config(port=8000), not a {type(config).__name__}"),
+            (logger is None or callable(getattr(logger, "log", None)),
+             f'logger must be a logger, such as logging.getLogger("webhook"), not a {type(logger).__name__}'),
+            (on_event is None or callable(on_event),
+             f"on_event must be a function that takes an event, not a {type(on_event).__name__}"),
+            (not any(map(inspect.iscoroutinefunction, functions)) and
+             not any(map(inspect.isasyncgenfunction, functions)),
+             "on_event is an async def, which nobody would await: hand over a plain function "
+             "such as lambda event: asyncio.run_coroutine_threadsafe(handle(event), loop)"),
+            (not any(map(inspect.isgeneratorfunction, functions)),
+             "on_event is a generator (it has a yield), which nobody would run: hand over a plain function")):
+        if not is_fine:
+            raise SetupError(expected)
 
 
 def read_schema(path: str) -> tuple:
@@ -7310,16 +7259,15 @@ def read_schema(path: str) -> tuple:
     Raises SetupError that names file, place and reason. Where no `path` is named and no schema.json is there,
     the built-in schema stands in, with a warning.
     """
-    file = Path(path) if path else DEFAULT_SCHEMA_FILE
-    where = f"schema {path or DEFAULT_SCHEMA_FILE}"
-    warnings: list = []
+    file, warnings = path or str(DEFAULT_SCHEMA_FILE), []
+    where = f"schema {file}"
+    check_place("schema", file)
     try:
-        data = file.read_bytes()
+        data = Path(file).read_bytes()
     except OSError as error:
-        # One that is there and cannot be read is a contract that was meant: taking another would be a
-        # surprise
+        # One that is there and cannot be read was meant: to take another would be a surprise
         if path or not isinstance(error, FileNotFoundError):
-            raise SetupError(f"schema {file}: {error.strerror}") from None
+            raise SetupError(f"{where}: {error.strerror}") from None
         warnings.append(f"{where} is missing: the built-in schema is used")
         data = json.dumps(EVENT_SCHEMA, indent=2, allow_nan=False).encode()
     try:
@@ -7327,23 +7275,18 @@ def read_schema(path: str) -> tuple:
         contract = Contract(document)
     except (JSONError, SchemaError) as error:
         raise SetupError(f"{where}: {error}") from None
-    warnings += [f"{where}: {note}" for note in contract.schema.notes]
-    dialect = DRAFT
-    if isinstance(document, dict):
-        dialect = document.get("$schema", DRAFT)
-    if dialect.rstrip("#") != DRAFT:
-        warnings.append(f"{where}: it says that it follows {dialect}, but is read by draft 2020-12")
+    notes = list(contract.schema.notes)
+    if isinstance(document, dict) and document.get("$schema", DRAFT).rstrip("#") != DRAFT:
+        notes.append(f"it says that it follows {document['$schema']}, but is read by draft 2020-12")
     missed = {problem.path for problem in contract.schema.errors({})}
-    warnings += [f"{where}: {name} is not required by it, but events without it are refused anyway"
-                 for name in REQUIRED_FIELDS if "/" + name not in missed]
-    return contract, data, warnings
+    notes += [f"{name} is not required by it, but events without it are refused anyway"
+              for name in REQUIRED_FIELDS if "/" + name not in missed]
+    return contract, data, warnings + [f"{where}: {note}" for note in notes]
 
 
 def check_of(trouble: str) -> dict:
     """A check of /health: well, or with its trouble."""
-    if trouble:
-        return {"status": "failing", "message": trouble}
-    return {"status": "ok"}
+    return {"status": "failing", "message": trouble} if trouble else {"status": "ok"}
 
 
 def check_disk(database: str) -> dict:
@@ -7479,9 +7422,7 @@ class WebhookServer:
         return checks
 
     def _stopping(self) -> str:
-        if self._server is not None and self._server.draining:
-            return "stopping"
-        return ""
+        return "stopping" if self._server is not None and self._server.draining else ""
 
     def _tell_bug(self, name: str) -> None:
         self.log.exception(f"Unexpected error in {name}")
@@ -7490,9 +7431,7 @@ class WebhookServer:
         if self.store.engine.is_new:
             return "new"
         count = self.store.count()
-        if count == 1:
-            return "1 event"
-        return f"{count} events"
+        return "1 event" if count == 1 else f"{count} events"
 
     def stop(self) -> None:
         """Accept no more, answer what is in flight, commit, call on_event for the rest, flush the log.
@@ -7565,12 +7504,9 @@ class Parser(argparse.ArgumentParser):
     """Takes flags in full only, is at most 80 columns wide, and leaves the line for a mistake to main()."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=self._formatter, **options)
-
-    @staticmethod
-    def _formatter(prog: str) -> argparse.HelpFormatter:
         columns = min(80, shutil.get_terminal_size().columns)
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=columns - 2)
+        super().__init__(allow_abbrev=False, formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=32, width=columns - 2), **options)
 
     def error(self, message: str) -> None:
         raise SetupError(": ".join(self.prog.split()[1:] + [f"{message} (--help shows how)"]))
@@ -7603,31 +7539,22 @@ def _silence(stream: Any) -> None:
 # -- serve
 
 SAME_SIGNAL = 0.1       # seconds: some supervisors signal a process and, a moment later, the group it leads
-
-SETTINGS_HELP = """\
-Each can also come from the environment, --busy-timeout as
-WEBHOOK_BUSY_TIMEOUT; a flag wins."""
+# Python's 5 ms are how long a thread that checks a megabyte keeps the interpreter from those that only answer
+SWITCH_SECONDS = 0.001
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of Config, in its groups."""
-    group: Any = parser.add_argument_group("settings", SETTINGS_HELP)
+    group: Any = parser.add_argument_group("settings", "Each can also come from the environment, --busy-timeout "
+                                           "as\nWEBHOOK_BUSY_TIMEOUT; a flag wins.")
     for field in dataclasses.fields(Config):
         about = field.metadata
         if about["group"]:
             group = parser.add_argument_group(about["group"])
-        default, action = f" (default: {field.default})", "store"
-        if field.default in ("", ()):
-            default = ""
-        if isinstance(field.default, tuple):
-            action = "append"
+        default = "" if field.default in ("", ()) else f" (default: {field.default})"
+        action = "append" if field.default == () else "store"
         group.add_argument(flag_of(field.name), dest=field.name, metavar=about["metavar"], action=action,
                            help=(about["help"] + default).replace("%", "%%"))
-
-
-# Python's 5 ms are how long a thread that checks a megabyte keeps the interpreter from one that only has to
-# answer
-SWITCH_SECONDS = 0.001
 
 
 def run_serve(options: argparse.Namespace) -> int:
@@ -7677,12 +7604,11 @@ def _raise_file_limit(connections: int) -> None:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + 256
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 # -- check
@@ -7708,9 +7634,7 @@ def run_check(options: argparse.Namespace) -> int:
         except SetupError as error:
             code = _complain(str(error))
             continue
-        shown = printable(name, 4096)
-        if name == "-":
-            shown = "<stdin>"
+        shown = "<stdin>" if name == "-" else printable(name, 4096)
         for line, path, message in check_text(contract, data):
             code = max(code, EXIT_NO)
             print(f"{shown}:{line}: {printable(path) or '/'} {printable(message, 500)}")
@@ -7733,40 +7657,36 @@ def check_text(contract: Contract, data: bytes) -> Iterator[tuple]:
     except JSONError as error:
         yield from _check_lines(contract, data, error)
         return
+    items = [(1 + text[:len(text) - len(text.lstrip())].count("\n"), "", value)]
     if isinstance(value, list):
-        for index, (item, line) in enumerate(zip(value, _item_lines(text))):
-            for problem in _problems(contract, item):
-                yield line, f"/{index}{problem.path}", problem.message
-    else:
-        blank = text[:len(text) - len(text.lstrip())]
-        for problem in _problems(contract, value):
-            yield 1 + blank.count("\n"), problem.path, problem.message
+        items = [(line, f"/{index}", item) for index, (item, line) in enumerate(zip(value, _item_lines(text)))]
+    for line, place, item in items:
+        for problem in _problems(contract, item):
+            yield line, place + problem.path, problem.message
 
 
 def _check_lines(contract: Contract, data: bytes, error: JSONError) -> Iterator[tuple]:
     """The problems of text that is not one JSON value, as `error` says: of NDJSON, or `error` itself."""
-    lines = [(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
-    readable = sum(_is_json(line) for _, line in lines)
+    lines = [(number, _value_of(line)) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
+    broken = sum(isinstance(value, JSONError) for _, value in lines)
     # Lines that are JSON each for itself make NDJSON, whichever of them are broken
-    if len(lines) < 2 or 2 * readable < len(lines):
+    if len(lines) < 2 or 2 * broken > len(lines):
         yield error.line, "", str(error)
         return
-    for number, line in lines:
-        try:
-            value = parse_json(line)[0]
-        except JSONError as broken:
-            yield number, "", f"Invalid JSON: {broken.reason} at column {broken.column}"
+    for number, value in lines:
+        if isinstance(value, JSONError):
+            yield number, "", f"Invalid JSON: {value.reason} at column {value.column}"
             continue
         for problem in _problems(contract, value):
             yield number, problem.path, problem.message
 
 
-def _is_json(line: bytes) -> bool:
+def _value_of(line: bytes) -> Any:
+    """The value of a line of JSON, or the JSONError that it is none."""
     try:
-        parse_json(line)
-        return True
-    except JSONError:
-        return False
+        return parse_json(line)[0]
+    except JSONError as error:
+        return error
 
 
 def _problems(contract: Contract, value: Any) -> list:
@@ -7808,30 +7728,22 @@ def run_send(options: argparse.Namespace) -> int:
     """Post one event; print status and body."""
     address = _address("--url", options.url)
     body = _body_to_send(options)
-    target = address.path
-    if not target.strip("/"):
-        target = "/webhook/appointments"
-    if address.query:
-        target += "?" + address.query
     try:
-        status, text = _post(address, target, body)
+        status, text = _post(address, body)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        hint = ""
-        if isinstance(error, ConnectionRefusedError):
-            hint = "; is it running? python3 webhook_server.py starts it"
+        refused = isinstance(error, ConnectionRefusedError)
+        hint = "; is it running? python3 webhook_server.py starts it" if refused else ""
         _complain(f"cannot send to {options.url}: {reason_of(error)}{hint}")
         return EXIT_NO
     print(status)
     print(text.decode("utf-8", "replace"))
-    if 200 <= status < 300:
-        return EXIT_FINE
-    return EXIT_NO
+    return EXIT_FINE if 200 <= status < 300 else EXIT_NO
 
 
 def _body_to_send(options: argparse.Namespace) -> bytes:
     """What FILE holds, or a test event with the members that were given."""
-    given = {name: getattr(options, name) for name in REQUIRED_FIELDS + ("notes",)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(options, name) for name in REQUIRED_FIELDS + ("notes",)
+             if getattr(options, name) is not None}
     if options.file is not None:
         for name in given:
             raise SetupError(f"send: FILE is sent as it is, {flag_of(name)} cannot change it")
@@ -7852,15 +7764,17 @@ def _address(flag: str, text: str) -> Any:
     raise SetupError(f"{flag}: {printable(text)} is not an address such as http://127.0.0.1:8000")
 
 
-def _post(address: Any, target: str, body: bytes) -> tuple:
+def _post(address: Any, body: bytes) -> tuple:
     """(status, body) of the answer. Takes no proxy, which would see patients' data; follows no redirect."""
-    if address.scheme == "http":
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
-    elif hasattr(http.client, "HTTPSConnection"):
-        connection = http.client.HTTPSConnection(address.hostname, address.port, timeout=30)
-    else:
+    kind = getattr(http.client, address.scheme.upper() + "Connection", None)
+    if kind is None:                                    # HTTPSConnection is there only with the module ssl
         raise SetupError("this Python has no ssl module, which https:// needs")
-    with contextlib.closing(connection):
+    target = "/webhook/appointments"
+    if address.path.strip("/"):
+        target = address.path
+    if address.query:
+        target += "?" + address.query
+    with contextlib.closing(kind(address.hostname, address.port, timeout=30)) as connection:
         connection.request("POST", target, body, {"Content-Type": "application/json"})
         answer = connection.getresponse()
         return answer.status, answer.read()
@@ -7898,14 +7812,11 @@ def run_bench(options: argparse.Namespace) -> int:
     _raise_file_limit(max(levels))
     print(BENCH_HEAD.format(cores=os.cpu_count(), folder=printable(folder), sync=_sync_milliseconds(folder)))
     print(BENCH_ROW.format(*BENCH_TITLES), flush=True)
-    fine = True
-    rounds = [(level, "same") for level in levels] + [(levels[-1], "differ")]
-    for level, heads in rounds:
+    code = EXIT_FINE
+    for level, heads in [(level, "same") for level in levels] + [(levels[-1], "differ")]:
         with tempfile.TemporaryDirectory(prefix="webhook-bench-", dir=folder) as database_folder:
-            fine = _bench_round(database_folder, level, heads, seconds) and fine
-    if fine:
-        return EXIT_FINE
-    return EXIT_NO
+            code = max(code, _bench_round(database_folder, level, heads, seconds))
+    return code
 
 
 def _sync_milliseconds(folder: str) -> float:
@@ -7921,27 +7832,25 @@ def _sync_milliseconds(folder: str) -> float:
     return sorted(times)[10] * 1000
 
 
-def _bench_round(folder: str, connections: int, heads: str, seconds: float) -> bool:
-    """Print the row of one round; whether all went well."""
+def _bench_round(folder: str, connections: int, heads: str, seconds: float) -> int:
+    """Print the row of one round; its exit code."""
     database = os.path.join(folder, "events.db")
     with contextlib.ExitStack() as opened:
         url = _start_server(opened, folder, database, connections)
-        load = BenchLoad(_address("bench", url), heads == "differ")
-        opened.callback(load.close)
-        load.connect(connections)
+        load = BenchLoad(opened, _address("bench", url), heads == "differ", connections)
         load.run(seconds)
     with contextlib.closing(sqlite3.connect(database)) as connection:
         rows = connection.execute("SELECT count(*) FROM appointment_events").fetchone()[0]
-    times = sorted(load.times)
-    answered = len(times)
-    verdict = "yes"
+    answered, times = len(load.times), sorted(load.times) or [0.0]
+    verdict, code = "yes", EXIT_FINE
     if rows != answered:
         verdict = f"NO: {rows} rows, {answered} 200s"
-    times = times or [0.0]
+    if rows != answered or load.failed:
+        code = EXIT_NO
     waits = [f"{times[int(len(times) * part)] * 1000:.2f}" for part in (0.50, 0.95, 0.99)]
     rate = f"{answered / load.seconds:.0f}"
     print(BENCH_ROW.format(connections, heads, rate, *waits, load.failed, verdict), flush=True)
-    return rows == answered and not load.failed
+    return code
 
 
 def _start_server(opened: contextlib.ExitStack, folder: str, database: str, connections: int) -> str:
@@ -7968,22 +7877,19 @@ class BenchLoad:
     """
     PATIENCE = 10                       # seconds without any answer, after which the rest counts as failed
 
-    def __init__(self, address: Any, heads_differ: bool) -> None:
+    def __init__(self, opened: contextlib.ExitStack, address: Any, heads_differ: bool, connections: int) -> None:
+        """Connect, until `opened` is left. Raises SetupError."""
         self.times: list = []
         self.failed, self.seconds = 0, 1.0
         self._address, self._heads_differ = address, heads_differ
         self._numbers = itertools.count()
-        self._selector = selectors.DefaultSelector()
+        self._selector = opened.enter_context(selectors.DefaultSelector())
         self._began: dict = {}          # {connection: when its request went out}
-
-    def connect(self, connections: int) -> None:
-        """Raises SetupError."""
         try:
-            place = (self._address.hostname, self._address.port)
             for _ in range(connections):
-                connection = socket.create_connection(place, timeout=10)
+                connection = socket.create_connection((address.hostname, address.port), timeout=10)
+                self._began[opened.enter_context(connection)] = 0.0
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self._began[connection] = 0.0
                 self._selector.register(connection, selectors.EVENT_READ)
         except OSError as error:
             reason = reason_of(error)
@@ -8000,23 +7906,24 @@ class BenchLoad:
                 self.failed += len(self._began)
                 break
             for key, _ in ready:
-                answer = _received(key.fileobj)
+                answer, connection = b"", key.fileobj
+                with contextlib.suppress(OSError):      # it is broken
+                    answer = connection.recv(65536)     # ours come in one piece
                 now = time.perf_counter()
                 if answer.startswith(b"HTTP/1.1 200 "):
-                    self.times.append(now - self._began[key.fileobj])
+                    self.times.append(now - self._began[connection])
                 else:
                     self.failed += 1
                 if answer and now < begin + seconds:
-                    self._post(key.fileobj)
+                    self._post(connection)
                 else:
-                    self._end(key.fileobj)
+                    self._selector.unregister(connection)
+                    del self._began[connection]
         self.seconds = now - begin
 
     def _post(self, connection: socket.socket) -> None:
         number = next(self._numbers)
-        own = ""
-        if self._heads_differ:
-            own = f"Webhook-Id: msg_{number:024}\r\n"
+        own = f"Webhook-Id: msg_{number:024}\r\n" if self._heads_differ else ""
         body = (f'{{"event_type": "scheduled", "appointment_id": "BENCH-{number:09}", "patient_id": "PAT-'
                 f'{number % 5000:04}", "timestamp": "2025-01-10T14:00:00Z", "notes": "Follow-up in room 4, '
                 'bring earlier results."}')
@@ -8025,25 +7932,6 @@ class BenchLoad:
         self._began[connection] = time.perf_counter()
         with contextlib.suppress(OSError):              # the next recv will tell
             connection.sendall(request.encode())
-
-    def _end(self, connection: socket.socket) -> None:
-        self._selector.unregister(connection)
-        connection.close()
-        del self._began[connection]
-
-    def close(self) -> None:
-        """Close what is still open."""
-        for connection in list(self._began):
-            connection.close()
-        self._selector.close()
-
-
-def _received(connection: socket.socket) -> bytes:
-    """An answer, as ours come in one piece; nothing when the connection is broken."""
-    try:
-        return connection.recv(65536)
-    except OSError:
-        return b""
 
 
 # -- which command
