@@ -236,7 +236,7 @@ def write(engine, events):
 def probe(engine):
     """Write something that changes nothing."""
     with engine.transaction() as session:
-        session.touch()
+        session.rehearse()
 
 
 def read(engine, wanted, after, limit, up_to=None):
@@ -2116,7 +2116,7 @@ class SQLiteTest(EngineTest):
         engine = self.engine()
         read(engine, Filter(), 0, 1)
         with engine.readers.all_places() as places:
-            connections = [one for one in (*places, engine.writer, engine._checkpoints.connection) if one]
+            connections = [one for one in (*places, engine.writer, engine.checkpoints.connection) if one]
             sizes = [one.execute("PRAGMA cache_size").fetchone()[0] for one in connections]
         self.assertLessEqual(max(sizes), 0)             # KiB, and not pages
         self.assertLessEqual(-sum(sizes), SQLite.CACHE_KIB)
@@ -2340,19 +2340,19 @@ class SQLiteTest(EngineTest):
 
     def test_closing_while_a_checkpoint_is_made_waits_for_it(self):
         engine, under_way, go_on = self.engine(), threading.Event(), threading.Event()
-        move = engine._checkpoints._move
+        move = engine.checkpoints._move
 
         def slowly(connection):
             under_way.set()
             go_on.wait(WAIT)
             return move(connection)
         write(engine, [stored_event(1)])
-        with mock.patch.object(engine._checkpoints, "_move", slowly):
-            engine._checkpoints._due.set()
+        with mock.patch.object(engine.checkpoints, "_move", slowly):
+            engine.checkpoints.loop.wake()
             self.assertTrue(under_way.wait(WAIT))
             closing = threading.Thread(target=engine.close, daemon=True)
             closing.start()
-            until(lambda: engine._checkpoints._stopping, "the stop")
+            until(lambda: engine.checkpoints.loop._stopping, "the stop")
             go_on.set()
             closing.join(WAIT)
         self.assertFalse(closing.is_alive())
@@ -2370,7 +2370,7 @@ class FilesTest(EngineTest):
         shutil.copy2(self.database, self.folder / "old.db")
         engine = self.engine()
         write(engine, [stored_event(number) for number in range(20, 25)])
-        engine.checkpoint()
+        engine.checkpoints.make()
         write(engine, [stored_event(number) for number in range(25, 30)])
         return engine
 
@@ -2392,14 +2392,14 @@ class FilesTest(EngineTest):
             with self.assertRaises(StoreUnavailable) as caught:
                 call()
             self.assertNotIn("\n", str(caught.exception))
-        engine.checkpoint()
+        engine.checkpoints.make()
         with self.assertRaisesRegex(StoreUnavailable, words) as caught:
             write(engine, [stored_event("lost")])
         return engine, str(caught.exception)
 
     def test_what_to_do_is_said_to_the_operator_and_not_to_senders(self):
         for text, advice in (("disk I/O error", "ulimit -f"), ("database disk image is malformed", "backup")):
-            error = receiver._unavailable(sqlite3.OperationalError(text))
+            error = receiver._unavailable(sqlite3.OperationalError(text), "events.db")
             self.assertEqual(error.public, text)
             self.assertIn(advice, str(error))
 
@@ -2468,7 +2468,7 @@ class FilesTest(EngineTest):
                      lambda: self.sqlite("PRAGMA wal_checkpoint(PASSIVE)"),
                      lambda: self.sqlite("PRAGMA wal_checkpoint(RESTART)"),
                      lambda: self.sqlite("PRAGMA wal_checkpoint(TRUNCATE)"), lambda: self.sqlite("VACUUM"),
-                     lambda: self.sqlite("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"), engine.checkpoint,
+                     lambda: self.sqlite("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"), engine.checkpoints.make,
                      lambda: os.chmod(self.database, 0o640), lambda: (self.folder / "other").write_text("x"),
                      lambda: subprocess.run([sys.executable, "-c", backup], check=True, cwd=self.folder)):
             for _ in range(2):
@@ -2482,7 +2482,7 @@ class FilesTest(EngineTest):
         for number in range(1, 101):
             self.assertEqual(kinds(write((one, two)[number % 2], [stored_event(number)])), [("stored", number)])
             if number % 10 == 0:
-                (one, two)[number % 4 // 2].checkpoint()
+                (one, two)[number % 4 // 2].checkpoints.make()
         two.close()
         self.assertEqual(kinds(write(one, [stored_event(101)])), [("stored", 101)])
         self.sqlite("SELECT 1 FROM appointment_events")
@@ -2532,7 +2532,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         write(engine, [stored_event(number) for number in range(10)])
         engine.close()
         first = self.database.read_bytes()
-        self.crash(self.store(10, 100) + "engine.checkpoint()\n")
+        self.crash(self.store(10, 100) + "engine.checkpoints.make()\n")
         self.engine().close()
         second = self.database.read_bytes()
         rollback = self.folder / "rollback.db"
@@ -2584,7 +2584,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
     @unittest.skipUnless(POSIX, "kill -9")
     def test_a_change_counter_from_outside_of_the_wal_is_noticed(self):
-        self.crash(self.store(0, 5) + "engine.checkpoint()\n" + self.store(5, 100))
+        self.crash(self.store(0, 5) + "engine.checkpoints.make()\n" + self.store(5, 100))
         for change, words in ((-2, "older"), (+50, "newer")):
             with self.subTest(words):
                 data = bytearray(self.database.read_bytes())
@@ -2599,7 +2599,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     @unittest.skipUnless(POSIX, "kill -9")
     def test_a_crash_at_any_moment_a_copy_of_the_folder_and_new_rights_raise_no_alarm(self):
         code = ("import random, threading\n"
-                "tests.receiver._Checkpoints.SECONDS, tests.receiver._Checkpoints.BULK = 0.001, {bulk}\n"
+                "engine.checkpoints.loop.seconds, tests.receiver._Checkpoints.BULK = 0.001, {bulk}\n"
+                "engine.checkpoints.loop.wake()\n"
                 "tests.receiver._Checkpoints.LONG = {long}\n"
                 "threading.Timer({after}, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
                 "for n in range({at}, 10 ** 6):\n"
@@ -2642,7 +2643,7 @@ class CheckpointTest(EngineTest):
             write(engine, [stored_event(f"{number}-{at}") for at in range(100)])
             frames, moved = self.frames(engine)
             self.assertEqual((frames > 0, moved), (True, 0))
-            engine.checkpoint()
+            engine.checkpoints.make()
             self.assertEqual(self.frames(engine), (frames, frames))
         write(engine, [stored_event("anew")])
         self.assertLess(self.frames(engine)[0], frames)
@@ -2650,29 +2651,29 @@ class CheckpointTest(EngineTest):
     def test_a_checkpoint_is_due_when_enough_is_committed_and_comes_by_itself(self):
         engine = self.engine()
         with mock.patch.object(receiver._Checkpoints, "BULK", 10):
-            self.assertFalse(engine.checkpoint_due())
+            self.assertFalse(engine.checkpoints.are_due())
             write(engine, [stored_event(number, payload="x" * 9000) for number in range(10)])
             until(lambda: self.frames(engine)[1] >= 10, "a checkpoint")
-            self.assertFalse(engine.checkpoint_due())
+            self.assertFalse(engine.checkpoints.are_due())
             write(engine, [stored_event("rest")])
             until(lambda: self.frames(engine)[0] == self.frames(engine)[1] or not write(
                 engine, [stored_event("rest")]), "the rest, moved by the writer")
 
     def test_nothing_is_moved_beside_a_commit_when_there_is_nothing_to_move(self):
         engine, statements = self.engine(), []
-        engine._checkpoints.stop()
+        engine.checkpoints.loop.stop()
         write(engine, [stored_event(1)])
-        engine._checkpoints.connection.set_trace_callback(statements.append)
+        engine.checkpoints.connection.set_trace_callback(statements.append)
         engine.writer.set_trace_callback(statements.append)
         for _ in range(3):
-            engine.checkpoint()
+            engine.checkpoints.make()
         self.assertEqual(statements, ["PRAGMA wal_checkpoint(PASSIVE)"])
         with engine.transaction():
             pass
-        engine.checkpoint()
+        engine.checkpoints.make()
         self.assertEqual(statements.count("PRAGMA wal_checkpoint(PASSIVE)"), 1)
         write(engine, [stored_event(2)])
-        engine.checkpoint()
+        engine.checkpoints.make()
         self.assertEqual(statements.count("PRAGMA wal_checkpoint(PASSIVE)"), 2)
 
     def test_a_reader_of_another_program_holds_back_the_wal_and_nobody_turns_round_in_vain(self):
@@ -2681,15 +2682,15 @@ class CheckpointTest(EngineTest):
         with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
             other.execute("BEGIN")
             other.execute("SELECT * FROM appointment_events").fetchone()
-            with mock.patch.multiple(receiver._Checkpoints, BULK=10, LONG=20, SECONDS=WAIT):
-                engine._checkpoints.stop()
+            with mock.patch.multiple(receiver._Checkpoints, BULK=10, LONG=20):
+                engine.checkpoints.loop.stop()
                 for number in range(2, 60):
                     write(engine, [stored_event(number, payload="x" * 9000)])
-                self.assertTrue(engine.checkpoint_due())
-                engine.checkpoint()
-                self.assertFalse(engine.checkpoint_due())
+                self.assertTrue(engine.checkpoints.are_due())
+                engine.checkpoints.make()
+                self.assertFalse(engine.checkpoints.are_due())
                 self.assertLess(self.frames(engine)[1], self.frames(engine)[0])
-        engine.checkpoint()
+        engine.checkpoints.make()
         frames, moved = self.frames(engine)
         self.assertEqual(frames, moved)
 
@@ -3261,7 +3262,7 @@ class StoreTest(EngineTest):
                 good = receiver._Waiting(work=lambda session: "good")
                 store.submit(good)
                 store.start()
-                self.assertEqual((good.wait().kind, good.result), ("passed", "good"))
+                self.assertEqual((good.wait().kind, good.result), ("done", "good"))
                 self.assertIsInstance(bad.wait().error, error)
                 self.assertEqual([one.outcomes[0].kind for one in group], ["stored"] * 4)
                 with self.assertRaises(error):
@@ -3420,7 +3421,7 @@ class StoreTest(EngineTest):
     def test_health_sees_a_database_that_takes_no_writes(self):
         store = self.store()
         store.do(lambda session: session.execute("PRAGMA query_only = 1"))
-        self.assertIn("read-only", store.health(WAIT))
+        self.assertIn("readonly", store.health(WAIT))
 
     def test_health_never_waits_for_a_writer_that_hangs_and_says_for_how_long(self):
         store, now = self.store(5), FakeClock()
@@ -3455,18 +3456,19 @@ class StoreTest(EngineTest):
         broken = self.broken(store, StoreUnavailable("the disk is full"))
         for number in range(5):
             self.assertEqual(str(store.add(stored_event(number)).error), "the disk is full")
-        until(lambda: store.submit == store._fail_at_once)
+        until(lambda: store._refusal)
         return store, now, broken
 
     def test_five_failures_open_the_breaker_and_a_try_of_its_own_closes_it(self):
         self.all_quick()
         troubles = []
         store, now, broken = self.opened(on_trouble=troubles.append)
-        self.assertIn("breaker open", store.health(WAIT))
+        self.assertEqual(store.health(WAIT), "the disk is full")
         for number in range(3):                         # at once, on the thread that asks
             one, = asked(number)
             (store.lead if number else lambda group: store.submit(*group))([one])
             self.assertIn("breaker open", str(one.outcomes[0].error))
+            self.assertEqual(one.outcomes[0].error.public, "the disk is full")
             self.assertEqual(one.threads, [threading.current_thread()])
         with self.assertRaises(StoreUnavailable):
             store.do(lambda session: None)
@@ -3480,7 +3482,7 @@ class StoreTest(EngineTest):
         store.settle()
         self.assertEqual((tries.call_count, store.add(stored_event(1)).kind), (0, "failed"))
         now.time += 0.2
-        until(lambda: store.submit != store._fail_at_once)
+        until(lambda: not store._refusal)
         self.assertEqual((tries.call_count, rows(self.database)), (1, 0))
         self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
         self.assertTrue(self.led_by_caller(store, 2))
@@ -3493,17 +3495,13 @@ class StoreTest(EngineTest):
         store, now, broken = self.opened()
         broken.stop()
         now.time += 1.01
-        until(lambda: store.submit != store._fail_at_once)
+        until(lambda: not store._refusal)
         for number in range(3):
             broken = self.broken(store, StoreUnavailable("the disk is full"))
             for _ in range(4):
                 self.assertEqual(str(store.add(stored_event(number)).error), "the disk is full")
             broken.stop()
             self.assertEqual(store.add(stored_event(number)).kind, "stored")
-
-    def test_a_closed_breaker_costs_nothing(self):
-        store = self.store()
-        self.assertEqual(type(store.submit), type([].append), "straight into the queue")
 
     def test_nothing_waits_while_the_breaker_tries_and_the_disk_hangs(self):
         store, now, broken = self.opened()
@@ -3521,7 +3519,7 @@ class StoreTest(EngineTest):
             self.assertEqual((store.add(stored_event(1)).kind, store._breaker.state), ("failed", "half-open"))
             store.settle()
             go_on.set()
-        until(lambda: store.submit != store._fail_at_once)
+        until(lambda: not store._refusal)
         self.assertEqual(store.add(stored_event(1)).kind, "stored")
 
     def test_what_is_queued_when_the_breaker_opens_is_told_before_what_comes_then(self):
@@ -3529,15 +3527,11 @@ class StoreTest(EngineTest):
         self.broken(store, StoreUnavailable("the disk is full"))
         for number in range(3000):                      # six groups: the fifth opens it
             store.submit(*asked(number, told=told))
-        put = store.submit
         store.start()
-        until(lambda: store.submit != put)
-        store.submit(*asked(3000, told=told))
-        put(*asked(3001, told=told))                    # as who had looked up `submit` just before
-        store.submit(*asked(3002, told=told))
-        self.assertEqual(told, [(f"APT-{number}", "failed") for number in range(3003)])
-        put(*asked(3003, told=told))
-        until(lambda: len(told) == 3004)
+        until(lambda: store._refusal)
+        for number in (3000, 3001):
+            store.submit(*asked(number, told=told))
+        self.assertEqual(told, [(f"APT-{number}", "failed") for number in range(3002)])
 
     def test_one_lock_counts_once_however_many_events_it_fails(self):
         store, other = self.store(0), self.locked()
@@ -3553,10 +3547,10 @@ class StoreTest(EngineTest):
             store._breaker = receiver.Breaker(now)
             for number in range(5):
                 self.assertIsInstance(store.add(stored_event(number)).error, StoreLocked)
-            until(lambda: store.submit == store._fail_at_once)
+            until(lambda: store._refusal)
             other.close()
             now.time += 1.01
-            until(lambda: store.submit != store._fail_at_once)
+            until(lambda: not store._refusal)
             self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
 
     # -- the end
