@@ -2331,6 +2331,35 @@ class SQLiteTest(EngineTest):
         self.database.chmod(0o644)
         probe(self.engine())
 
+    @unittest.skipUnless(POSIX, "rights of POSIX")
+    def test_who_may_not_write_hears_at_start_which_file_it_is_and_what_to_do(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        crashed = files(self.folder)
+        engine.close()
+        for name in ("events.db", "events.db-wal", "events.db-shm", ""):
+            for mode in (0o444, 0o000):
+                with self.subTest(name, mode=oct(mode)):
+                    for path in [*self.folder.iterdir(), self.folder]:
+                        path.chmod(0o777)
+                    for left, data in crashed.items():
+                        (self.folder / left).write_bytes(data)
+                    if not name:                        # a folder counts where files are still to be made
+                        (self.folder / "events.db-wal").unlink()
+                        (self.folder / "events.db-shm").unlink()
+                    (self.folder / name).chmod(mode | 0o111 * (not name))
+                    with without_root():
+                        text = self.refused("chmod or chown it")
+                    self.assertIn(f"{self.folder / name} is read-only for this user", text)
+
+    @unittest.skipUnless(hasattr(resource, "RLIMIT_NOFILE"), "limits of a process")
+    def test_too_few_open_files_are_not_blamed_on_the_folder(self):
+        for most in (8, 10, 12):
+            code, _, complaint = self.program("--port", "0", "--database", self.database, preexec_fn=lambda: (
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))))
+            self.assertEqual((code, complaint.count("\n")), (2, 1))
+            self.assertIn("raise the limit of open files", complaint)
+
     def test_closing_moves_all_into_the_one_file(self):
         engine = self.engine()
         write(engine, [stored_event(number) for number in range(10)])
@@ -2490,15 +2519,46 @@ class FilesTest(EngineTest):
 
     @unittest.skipUnless(POSIX, "Windows moves no open file")
     def test_files_that_change_during_a_transaction_are_noticed_before_anybody_is_told(self):
-        for command in ("rm events.db-wal", "cp old.db events.db", "mv events.db elsewhere"):
+        for command in ("rm events.db-wal", "cp old.db events.db", "mv events.db elsewhere",
+                        "dd if=old-shm of=events.db-shm conv=notrunc status=none"):
             with self.subTest(command):
                 engine = self.used()
+                self.shell("cp events.db-shm old-shm")
+                write(engine, [stored_event("after the copy")])
                 with self.assertRaises(StoreUnavailable):
                     with engine.transaction() as session:
                         session.insert([stored_event("new")])
                         self.shell(command)
                 self.doCleanups()
                 self.setUp()
+
+
+    @unittest.skipUnless(POSIX, "Windows deletes no open file")
+    def test_a_wal_is_not_saved_over_a_database_that_another_program_has_begun_to_use_anew(self):
+        engine = self.used()
+        self.shell("rm events.db-wal events.db-shm")
+        other = subprocess.Popen([sys.executable, "-c", "import sqlite3; c = sqlite3.connect('events.db');"
+                                  "c.execute('CREATE TABLE other (a)'); print(flush=True); input();"
+                                  "c.execute('INSERT INTO other VALUES (1)'); c.commit()"],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.folder)
+        other.stdout.read(1)
+        with self.assertRaisesRegex(StoreUnavailable, "events.db.saved: stop whatever else"):
+            write(engine, [stored_event("lost")])
+        other.communicate(b"\n")
+        engine.close()
+        self.assertEqual((other.returncode, rows(self.folder / "events.db.saved")), (0, 30))
+        self.assertEqual((rows(self.database, "PRAGMA integrity_check"), rows(self.database)), ("ok", 25))
+
+    @unittest.skipUnless(POSIX, "Windows looks at no file")
+    def test_a_disk_that_cannot_even_be_looked_at_is_trouble_and_no_bug(self):
+        engine = self.engine()
+        with mock.patch.object(receiver.os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
+            for call in (lambda: write(engine, [stored_event(1)]), lambda: read(engine, Filter(), 0, 1)):
+                with self.assertRaisesRegex(StoreUnavailable, "^Input/output error$"):
+                    call()
+            engine.tend()
+            engine.checkpoints.make()
+        self.assertEqual(kinds(write(engine, [stored_event(1)])), [("stored", 1)])
 
 
 class LeftWALTest(EngineTest):
@@ -3423,6 +3483,34 @@ class StoreTest(EngineTest):
         store.do(lambda session: session.execute("PRAGMA query_only = 1"))
         self.assertIn("readonly", store.health(WAIT))
 
+    def test_health_is_red_as_long_as_an_event_could_not_be_stored_whatever_else_works(self):
+        troubles = []
+        store = self.store(on_trouble=troubles.append)
+        for breaks, mends, words in (
+                ("ALTER TABLE appointment_events RENAME TO gone", "ALTER TABLE gone RENAME TO appointment_events",
+                 "no such table"),
+                ("CREATE TRIGGER t BEFORE INSERT ON appointment_events BEGIN SELECT RAISE(ABORT, 'no'); END",
+                 "DROP TRIGGER t", "no"),
+                ("CREATE TRIGGER t BEFORE INSERT ON appointment_events BEGIN SELECT RAISE(IGNORE); END",
+                 "DROP TRIGGER t", "no event would be stored")):
+            with self.subTest(words):
+                write_rows(self.database, breaks)
+                self.assertEqual(store.add(stored_event(words)).kind, "failed")
+                store._checkup = receiver.Checkup("probe", store._probe)
+                self.assertIn(words, store.health(WAIT))
+                self.assertNotIn("", troubles)
+                write_rows(self.database, mends)
+                self.assertEqual(store.add(stored_event(words)).kind, "stored")
+                troubles.clear()
+
+    def test_what_everybody_may_ask_for_holds_no_advice_for_operators(self):
+        store = self.store()
+        self.broken(store, StoreUnavailable("advice", "disk I/O error"))
+        for number in range(12):                        # in the end by an open breaker
+            self.assertEqual(store.add(stored_event(number)).error.public, "disk I/O error")
+            store._checkup = receiver.Checkup("probe", store._probe)
+            self.assertEqual(store.health(WAIT), "disk I/O error")
+
     def test_health_never_waits_for_a_writer_that_hangs_and_says_for_how_long(self):
         store, now = self.store(5), FakeClock()
         store._checkup = receiver.Checkup("probe", store._probe, now)
@@ -3598,11 +3686,21 @@ class StoreTest(EngineTest):
         self.assertEqual(one.outcomes, [Outcome("duplicate", 1, False)])
         self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 1)
 
+    def test_who_had_looked_up_submit_before_the_stop_is_told_too(self):
+        store = self.store()
+        submit, (one,) = store.submit, asked(1)
+        store.stop()
+        submit(one)
+        self.assertEqual([outcome.kind for outcome in one.outcomes], ["failed"])
+
     def test_a_stop_tells_what_a_lock_keeps_waiting_and_ends_an_open_breaker_at_once(self):
-        store, other = self.store(0.2), self.locked()
+        store, other = self.store(1e6), self.locked()
         one, = asked(1)
         store.submit(one)
-        store.stop()
+        stopping = threading.Thread(target=store.stop, daemon=True)
+        stopping.start()
+        stopping.join(WAIT)
+        self.assertFalse(stopping.is_alive())
         self.assertIsInstance(one.outcomes[0].error, StoreLocked)
         other.close()
         store, now, broken = self.opened()

@@ -3450,8 +3450,9 @@ CREATE TABLE conflicting_events (
             self.files.watch()
             self.checkpoints.start()
         except (OSError, sqlite3.Error, StoreUnavailable) as error:
+            reason = _reason(error, self.path)          # asked before anything is closed
             self.close()
-            raise SetupError(f"database {self.path}: {_reason(error, self.path)}") from None
+            raise SetupError(f"database {self.path}: {reason}") from None
         except BaseException:
             self.close()
             raise
