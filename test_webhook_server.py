@@ -236,7 +236,7 @@ def write(engine, events):
 def probe(engine):
     """Write something that changes nothing."""
     with engine.transaction() as session:
-        session.touch()
+        session.rehearse()
 
 
 def read(engine, wanted, after, limit, up_to=None):
@@ -2129,7 +2129,7 @@ class SQLiteTest(EngineTest):
         engine = self.engine()
         read(engine, Filter(), 0, 1)
         with engine.readers.all_places() as places:
-            connections = [one for one in (*places, engine.writer, engine._checkpoints.connection) if one]
+            connections = [one for one in (*places, engine.writer, engine.checkpoints.connection) if one]
             sizes = [one.execute("PRAGMA cache_size").fetchone()[0] for one in connections]
         self.assertLessEqual(max(sizes), 0)             # KiB, and not pages
         self.assertLessEqual(-sum(sizes), SQLite.CACHE_KIB)
@@ -2344,6 +2344,35 @@ class SQLiteTest(EngineTest):
         self.database.chmod(0o644)
         probe(self.engine())
 
+    @unittest.skipUnless(POSIX, "rights of POSIX")
+    def test_who_may_not_write_hears_at_start_which_file_it_is_and_what_to_do(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        crashed = files(self.folder)
+        engine.close()
+        for name in ("events.db", "events.db-wal", "events.db-shm", ""):
+            for mode in (0o444, 0o000):
+                with self.subTest(name, mode=oct(mode)):
+                    for path in [*self.folder.iterdir(), self.folder]:
+                        path.chmod(0o777)
+                    for left, data in crashed.items():
+                        (self.folder / left).write_bytes(data)
+                    if not name:                        # a folder counts where files are still to be made
+                        (self.folder / "events.db-wal").unlink()
+                        (self.folder / "events.db-shm").unlink()
+                    (self.folder / name).chmod(mode | 0o111 * (not name))
+                    with without_root():
+                        text = self.refused("chmod or chown it")
+                    self.assertIn(f"{self.folder / name} is read-only for this user", text)
+
+    @unittest.skipUnless(hasattr(resource, "RLIMIT_NOFILE"), "limits of a process")
+    def test_too_few_open_files_are_not_blamed_on_the_folder(self):
+        for most in (8, 10, 12):
+            code, _, complaint = self.program("--port", "0", "--database", self.database, preexec_fn=lambda: (
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))))
+            self.assertEqual((code, complaint.count("\n")), (2, 1))
+            self.assertIn("raise the limit of open files", complaint)
+
     def test_closing_moves_all_into_the_one_file(self):
         engine = self.engine()
         write(engine, [stored_event(number) for number in range(10)])
@@ -2353,19 +2382,19 @@ class SQLiteTest(EngineTest):
 
     def test_closing_while_a_checkpoint_is_made_waits_for_it(self):
         engine, under_way, go_on = self.engine(), threading.Event(), threading.Event()
-        move = engine._checkpoints._move
+        move = engine.checkpoints._move
 
         def slowly(connection):
             under_way.set()
             go_on.wait(WAIT)
             return move(connection)
         write(engine, [stored_event(1)])
-        with mock.patch.object(engine._checkpoints, "_move", slowly):
-            engine._checkpoints._due.set()
+        with mock.patch.object(engine.checkpoints, "_move", slowly):
+            engine.checkpoints.loop.wake()
             self.assertTrue(under_way.wait(WAIT))
             closing = threading.Thread(target=engine.close, daemon=True)
             closing.start()
-            until(lambda: engine._checkpoints._stopping, "the stop")
+            until(lambda: engine.checkpoints.loop._stopping, "the stop")
             go_on.set()
             closing.join(WAIT)
         self.assertFalse(closing.is_alive())
@@ -2383,7 +2412,7 @@ class FilesTest(EngineTest):
         shutil.copy2(self.database, self.folder / "old.db")
         engine = self.engine()
         write(engine, [stored_event(number) for number in range(20, 25)])
-        engine.checkpoint()
+        engine.checkpoints.make()
         write(engine, [stored_event(number) for number in range(25, 30)])
         return engine
 
@@ -2405,14 +2434,14 @@ class FilesTest(EngineTest):
             with self.assertRaises(StoreUnavailable) as caught:
                 call()
             self.assertNotIn("\n", str(caught.exception))
-        engine.checkpoint()
+        engine.checkpoints.make()
         with self.assertRaisesRegex(StoreUnavailable, words) as caught:
             write(engine, [stored_event("lost")])
         return engine, str(caught.exception)
 
     def test_what_to_do_is_said_to_the_operator_and_not_to_senders(self):
         for text, advice in (("disk I/O error", "ulimit -f"), ("database disk image is malformed", "backup")):
-            error = receiver._unavailable(sqlite3.OperationalError(text))
+            error = receiver._unavailable(sqlite3.OperationalError(text), "events.db")
             self.assertEqual(error.public, text)
             self.assertIn(advice, str(error))
 
@@ -2481,7 +2510,7 @@ class FilesTest(EngineTest):
                      lambda: self.sqlite("PRAGMA wal_checkpoint(PASSIVE)"),
                      lambda: self.sqlite("PRAGMA wal_checkpoint(RESTART)"),
                      lambda: self.sqlite("PRAGMA wal_checkpoint(TRUNCATE)"), lambda: self.sqlite("VACUUM"),
-                     lambda: self.sqlite("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"), engine.checkpoint,
+                     lambda: self.sqlite("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"), engine.checkpoints.make,
                      lambda: os.chmod(self.database, 0o640), lambda: (self.folder / "other").write_text("x"),
                      lambda: subprocess.run([sys.executable, "-c", backup], check=True, cwd=self.folder)):
             for _ in range(2):
@@ -2495,7 +2524,7 @@ class FilesTest(EngineTest):
         for number in range(1, 101):
             self.assertEqual(kinds(write((one, two)[number % 2], [stored_event(number)])), [("stored", number)])
             if number % 10 == 0:
-                (one, two)[number % 4 // 2].checkpoint()
+                (one, two)[number % 4 // 2].checkpoints.make()
         two.close()
         self.assertEqual(kinds(write(one, [stored_event(101)])), [("stored", 101)])
         self.sqlite("SELECT 1 FROM appointment_events")
@@ -2503,15 +2532,46 @@ class FilesTest(EngineTest):
 
     @unittest.skipUnless(POSIX, "Windows moves no open file")
     def test_files_that_change_during_a_transaction_are_noticed_before_anybody_is_told(self):
-        for command in ("rm events.db-wal", "cp old.db events.db", "mv events.db elsewhere"):
+        for command in ("rm events.db-wal", "cp old.db events.db", "mv events.db elsewhere",
+                        "dd if=old-shm of=events.db-shm conv=notrunc status=none"):
             with self.subTest(command):
                 engine = self.used()
+                self.shell("cp events.db-shm old-shm")
+                write(engine, [stored_event("after the copy")])
                 with self.assertRaises(StoreUnavailable):
                     with engine.transaction() as session:
                         session.insert([stored_event("new")])
                         self.shell(command)
                 self.doCleanups()
                 self.setUp()
+
+
+    @unittest.skipUnless(POSIX, "Windows deletes no open file")
+    def test_a_wal_is_not_saved_over_a_database_that_another_program_has_begun_to_use_anew(self):
+        engine = self.used()
+        self.shell("rm events.db-wal events.db-shm")
+        other = subprocess.Popen([sys.executable, "-c", "import sqlite3; c = sqlite3.connect('events.db');"
+                                  "c.execute('CREATE TABLE other (a)'); print(flush=True); input();"
+                                  "c.execute('INSERT INTO other VALUES (1)'); c.commit()"],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.folder)
+        other.stdout.read(1)
+        with self.assertRaisesRegex(StoreUnavailable, "events.db.saved: stop whatever else"):
+            write(engine, [stored_event("lost")])
+        other.communicate(b"\n")
+        engine.close()
+        self.assertEqual((other.returncode, rows(self.folder / "events.db.saved")), (0, 30))
+        self.assertEqual((rows(self.database, "PRAGMA integrity_check"), rows(self.database)), ("ok", 25))
+
+    @unittest.skipUnless(POSIX, "Windows looks at no file")
+    def test_a_disk_that_cannot_even_be_looked_at_is_trouble_and_no_bug(self):
+        engine = self.engine()
+        with mock.patch.object(receiver.os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
+            for call in (lambda: write(engine, [stored_event(1)]), lambda: read(engine, Filter(), 0, 1)):
+                with self.assertRaisesRegex(StoreUnavailable, "^Input/output error$"):
+                    call()
+            engine.tend()
+            engine.checkpoints.make()
+        self.assertEqual(kinds(write(engine, [stored_event(1)])), [("stored", 1)])
 
 
 class LeftWALTest(EngineTest):
@@ -2545,7 +2605,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         write(engine, [stored_event(number) for number in range(10)])
         engine.close()
         first = self.database.read_bytes()
-        self.crash(self.store(10, 100) + "engine.checkpoint()\n")
+        self.crash(self.store(10, 100) + "engine.checkpoints.make()\n")
         self.engine().close()
         second = self.database.read_bytes()
         rollback = self.folder / "rollback.db"
@@ -2597,7 +2657,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
     @unittest.skipUnless(POSIX, "kill -9")
     def test_a_change_counter_from_outside_of_the_wal_is_noticed(self):
-        self.crash(self.store(0, 5) + "engine.checkpoint()\n" + self.store(5, 100))
+        self.crash(self.store(0, 5) + "engine.checkpoints.make()\n" + self.store(5, 100))
         for change, words in ((-2, "older"), (+50, "newer")):
             with self.subTest(words):
                 data = bytearray(self.database.read_bytes())
@@ -2612,7 +2672,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     @unittest.skipUnless(POSIX, "kill -9")
     def test_a_crash_at_any_moment_a_copy_of_the_folder_and_new_rights_raise_no_alarm(self):
         code = ("import random, threading\n"
-                "tests.receiver._Checkpoints.SECONDS, tests.receiver._Checkpoints.BULK = 0.001, {bulk}\n"
+                "engine.checkpoints.loop.seconds, tests.receiver._Checkpoints.BULK = 0.001, {bulk}\n"
+                "engine.checkpoints.loop.wake()\n"
                 "tests.receiver._Checkpoints.LONG = {long}\n"
                 "threading.Timer({after}, os.kill, (os.getpid(), signal.SIGKILL)).start()\n"
                 "for n in range({at}, 10 ** 6):\n"
@@ -2655,7 +2716,7 @@ class CheckpointTest(EngineTest):
             write(engine, [stored_event(f"{number}-{at}") for at in range(100)])
             frames, moved = self.frames(engine)
             self.assertEqual((frames > 0, moved), (True, 0))
-            engine.checkpoint()
+            engine.checkpoints.make()
             self.assertEqual(self.frames(engine), (frames, frames))
         write(engine, [stored_event("anew")])
         self.assertLess(self.frames(engine)[0], frames)
@@ -2663,29 +2724,29 @@ class CheckpointTest(EngineTest):
     def test_a_checkpoint_is_due_when_enough_is_committed_and_comes_by_itself(self):
         engine = self.engine()
         with mock.patch.object(receiver._Checkpoints, "BULK", 10):
-            self.assertFalse(engine.checkpoint_due())
+            self.assertFalse(engine.checkpoints.are_due())
             write(engine, [stored_event(number, payload="x" * 9000) for number in range(10)])
             until(lambda: self.frames(engine)[1] >= 10, "a checkpoint")
-            self.assertFalse(engine.checkpoint_due())
+            self.assertFalse(engine.checkpoints.are_due())
             write(engine, [stored_event("rest")])
             until(lambda: self.frames(engine)[0] == self.frames(engine)[1] or not write(
                 engine, [stored_event("rest")]), "the rest, moved by the writer")
 
     def test_nothing_is_moved_beside_a_commit_when_there_is_nothing_to_move(self):
         engine, statements = self.engine(), []
-        engine._checkpoints.stop()
+        engine.checkpoints.loop.stop()
         write(engine, [stored_event(1)])
-        engine._checkpoints.connection.set_trace_callback(statements.append)
+        engine.checkpoints.connection.set_trace_callback(statements.append)
         engine.writer.set_trace_callback(statements.append)
         for _ in range(3):
-            engine.checkpoint()
+            engine.checkpoints.make()
         self.assertEqual(statements, ["PRAGMA wal_checkpoint(PASSIVE)"])
         with engine.transaction():
             pass
-        engine.checkpoint()
+        engine.checkpoints.make()
         self.assertEqual(statements.count("PRAGMA wal_checkpoint(PASSIVE)"), 1)
         write(engine, [stored_event(2)])
-        engine.checkpoint()
+        engine.checkpoints.make()
         self.assertEqual(statements.count("PRAGMA wal_checkpoint(PASSIVE)"), 2)
 
     def test_a_reader_of_another_program_holds_back_the_wal_and_nobody_turns_round_in_vain(self):
@@ -2694,15 +2755,15 @@ class CheckpointTest(EngineTest):
         with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
             other.execute("BEGIN")
             other.execute("SELECT * FROM appointment_events").fetchone()
-            with mock.patch.multiple(receiver._Checkpoints, BULK=10, LONG=20, SECONDS=WAIT):
-                engine._checkpoints.stop()
+            with mock.patch.multiple(receiver._Checkpoints, BULK=10, LONG=20):
+                engine.checkpoints.loop.stop()
                 for number in range(2, 60):
                     write(engine, [stored_event(number, payload="x" * 9000)])
-                self.assertTrue(engine.checkpoint_due())
-                engine.checkpoint()
-                self.assertFalse(engine.checkpoint_due())
+                self.assertTrue(engine.checkpoints.are_due())
+                engine.checkpoints.make()
+                self.assertFalse(engine.checkpoints.are_due())
                 self.assertLess(self.frames(engine)[1], self.frames(engine)[0])
-        engine.checkpoint()
+        engine.checkpoints.make()
         frames, moved = self.frames(engine)
         self.assertEqual(frames, moved)
 
@@ -3274,7 +3335,7 @@ class StoreTest(EngineTest):
                 good = receiver._Waiting(work=lambda session: "good")
                 store.submit(good)
                 store.start()
-                self.assertEqual((good.wait().kind, good.result), ("passed", "good"))
+                self.assertEqual((good.wait().kind, good.result), ("done", "good"))
                 self.assertIsInstance(bad.wait().error, error)
                 self.assertEqual([one.outcomes[0].kind for one in group], ["stored"] * 4)
                 with self.assertRaises(error):
@@ -3433,7 +3494,35 @@ class StoreTest(EngineTest):
     def test_health_sees_a_database_that_takes_no_writes(self):
         store = self.store()
         store.do(lambda session: session.execute("PRAGMA query_only = 1"))
-        self.assertIn("read-only", store.health(WAIT))
+        self.assertIn("readonly", store.health(WAIT))
+
+    def test_health_is_red_as_long_as_an_event_could_not_be_stored_whatever_else_works(self):
+        troubles = []
+        store = self.store(on_trouble=troubles.append)
+        for breaks, mends, words in (
+                ("ALTER TABLE appointment_events RENAME TO gone", "ALTER TABLE gone RENAME TO appointment_events",
+                 "no such table"),
+                ("CREATE TRIGGER t BEFORE INSERT ON appointment_events BEGIN SELECT RAISE(ABORT, 'no'); END",
+                 "DROP TRIGGER t", "no"),
+                ("CREATE TRIGGER t BEFORE INSERT ON appointment_events BEGIN SELECT RAISE(IGNORE); END",
+                 "DROP TRIGGER t", "no event would be stored")):
+            with self.subTest(words):
+                write_rows(self.database, breaks)
+                self.assertEqual(store.add(stored_event(words)).kind, "failed")
+                store._checkup = receiver.Checkup("probe", store._probe)
+                self.assertIn(words, store.health(WAIT))
+                self.assertNotIn("", troubles)
+                write_rows(self.database, mends)
+                self.assertEqual(store.add(stored_event(words)).kind, "stored")
+                troubles.clear()
+
+    def test_what_everybody_may_ask_for_holds_no_advice_for_operators(self):
+        store = self.store()
+        self.broken(store, StoreUnavailable("advice", "disk I/O error"))
+        for number in range(12):                        # in the end by an open breaker
+            self.assertEqual(store.add(stored_event(number)).error.public, "disk I/O error")
+            store._checkup = receiver.Checkup("probe", store._probe)
+            self.assertEqual(store.health(WAIT), "disk I/O error")
 
     def test_health_never_waits_for_a_writer_that_hangs_and_says_for_how_long(self):
         store, now = self.store(5), FakeClock()
@@ -3468,18 +3557,19 @@ class StoreTest(EngineTest):
         broken = self.broken(store, StoreUnavailable("the disk is full"))
         for number in range(5):
             self.assertEqual(str(store.add(stored_event(number)).error), "the disk is full")
-        until(lambda: store.submit == store._fail_at_once)
+        until(lambda: store._refusal)
         return store, now, broken
 
     def test_five_failures_open_the_breaker_and_a_try_of_its_own_closes_it(self):
         self.all_quick()
         troubles = []
         store, now, broken = self.opened(on_trouble=troubles.append)
-        self.assertIn("breaker open", store.health(WAIT))
+        self.assertEqual(store.health(WAIT), "the disk is full")
         for number in range(3):                         # at once, on the thread that asks
             one, = asked(number)
             (store.lead if number else lambda group: store.submit(*group))([one])
             self.assertIn("breaker open", str(one.outcomes[0].error))
+            self.assertEqual(one.outcomes[0].error.public, "the disk is full")
             self.assertEqual(one.threads, [threading.current_thread()])
         with self.assertRaises(StoreUnavailable):
             store.do(lambda session: None)
@@ -3493,7 +3583,7 @@ class StoreTest(EngineTest):
         store.settle()
         self.assertEqual((tries.call_count, store.add(stored_event(1)).kind), (0, "failed"))
         now.time += 0.2
-        until(lambda: store.submit != store._fail_at_once)
+        until(lambda: not store._refusal)
         self.assertEqual((tries.call_count, rows(self.database)), (1, 0))
         self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
         self.assertTrue(self.led_by_caller(store, 2))
@@ -3506,17 +3596,13 @@ class StoreTest(EngineTest):
         store, now, broken = self.opened()
         broken.stop()
         now.time += 1.01
-        until(lambda: store.submit != store._fail_at_once)
+        until(lambda: not store._refusal)
         for number in range(3):
             broken = self.broken(store, StoreUnavailable("the disk is full"))
             for _ in range(4):
                 self.assertEqual(str(store.add(stored_event(number)).error), "the disk is full")
             broken.stop()
             self.assertEqual(store.add(stored_event(number)).kind, "stored")
-
-    def test_a_closed_breaker_costs_nothing(self):
-        store = self.store()
-        self.assertEqual(type(store.submit), type([].append), "straight into the queue")
 
     def test_nothing_waits_while_the_breaker_tries_and_the_disk_hangs(self):
         store, now, broken = self.opened()
@@ -3534,7 +3620,7 @@ class StoreTest(EngineTest):
             self.assertEqual((store.add(stored_event(1)).kind, store._breaker.state), ("failed", "half-open"))
             store.settle()
             go_on.set()
-        until(lambda: store.submit != store._fail_at_once)
+        until(lambda: not store._refusal)
         self.assertEqual(store.add(stored_event(1)).kind, "stored")
 
     def test_what_is_queued_when_the_breaker_opens_is_told_before_what_comes_then(self):
@@ -3542,15 +3628,11 @@ class StoreTest(EngineTest):
         self.broken(store, StoreUnavailable("the disk is full"))
         for number in range(3000):                      # six groups: the fifth opens it
             store.submit(*asked(number, told=told))
-        put = store.submit
         store.start()
-        until(lambda: store.submit != put)
-        store.submit(*asked(3000, told=told))
-        put(*asked(3001, told=told))                    # as who had looked up `submit` just before
-        store.submit(*asked(3002, told=told))
-        self.assertEqual(told, [(f"APT-{number}", "failed") for number in range(3003)])
-        put(*asked(3003, told=told))
-        until(lambda: len(told) == 3004)
+        until(lambda: store._refusal)
+        for number in (3000, 3001):
+            store.submit(*asked(number, told=told))
+        self.assertEqual(told, [(f"APT-{number}", "failed") for number in range(3002)])
 
     def test_one_lock_counts_once_however_many_events_it_fails(self):
         store, other = self.store(0), self.locked()
@@ -3566,10 +3648,10 @@ class StoreTest(EngineTest):
             store._breaker = receiver.Breaker(now)
             for number in range(5):
                 self.assertIsInstance(store.add(stored_event(number)).error, StoreLocked)
-            until(lambda: store.submit == store._fail_at_once)
+            until(lambda: store._refusal)
             other.close()
             now.time += 1.01
-            until(lambda: store.submit != store._fail_at_once)
+            until(lambda: not store._refusal)
             self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
 
     # -- the end
@@ -3617,11 +3699,21 @@ class StoreTest(EngineTest):
         self.assertEqual(one.outcomes, [Outcome("duplicate", 1, False)])
         self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 1)
 
+    def test_who_had_looked_up_submit_before_the_stop_is_told_too(self):
+        store = self.store()
+        submit, (one,) = store.submit, asked(1)
+        store.stop()
+        submit(one)
+        self.assertEqual([outcome.kind for outcome in one.outcomes], ["failed"])
+
     def test_a_stop_tells_what_a_lock_keeps_waiting_and_ends_an_open_breaker_at_once(self):
-        store, other = self.store(0.2), self.locked()
+        store, other = self.store(1e6), self.locked()
         one, = asked(1)
         store.submit(one)
-        store.stop()
+        stopping = threading.Thread(target=store.stop, daemon=True)
+        stopping.start()
+        stopping.join(WAIT)
+        self.assertFalse(stopping.is_alive())
         self.assertIsInstance(one.outcomes[0].error, StoreLocked)
         other.close()
         store, now, broken = self.opened()

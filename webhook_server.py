@@ -2784,9 +2784,12 @@ DAMAGED = "the file is damaged; restore a backup, or save what is left with sqli
 class StoreUnavailable(Exception):
     """Nothing of this group is stored: the database is locked, full, read-only or broken.
 
-    The text is the operator's; `public` is what senders may hear of it, where that is not the same.
+    The text is the operator's and says what to do; `public` is what senders, and who asks for health, may hear.
     """
-    public = ""
+
+    def __init__(self, text: str, public: str = "") -> None:
+        super().__init__(text)
+        self.public = public or text
 
 
 class StoreLocked(StoreUnavailable):
@@ -2795,7 +2798,7 @@ class StoreLocked(StoreUnavailable):
 
 class Outcome(NamedTuple):
     """What became of one event: kind "stored", "duplicate" (event_id is then the one stored before) or
-    "failed"; "passed" marks a place in the queue that had no event. `identical` is None where contents were
+    "failed"; "done" is said of a work, "passed" of a mere mark in the queue. `identical` is None where contents were
     too large to compare in the transaction."""
     kind: str
     event_id: Optional[int] = None
@@ -2815,16 +2818,18 @@ class Filter(NamedTuple):
 
 class FilesChanged(StoreUnavailable):
     """Somebody else has changed the files of the database."""
-    public = "somebody has changed the files of the database"
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, "somebody has changed the files of the database")
 
 
 class _Unlinked(FilesChanged):
-    """-wal or -shm has lost its name, but those that are open are whole: what is in them can still be
-    saved."""
+    """-wal or -shm has lost its name; what is in those that are open can still be moved into the main file."""
 
 
-class _Deleted(FilesChanged):
-    """The main file was deleted, and perhaps replaced; who has it open can still read it."""
+class _Replaced(FilesChanged):
+    """The main file was deleted, or others have begun a new -shm for it. What is open can still be read, but
+    to write it into a main file that others use would destroy that."""
 
 
 class WALIndex(NamedTuple):
@@ -2867,6 +2872,7 @@ class _Files:
     INDEX = struct.Struct("=8xI2xHIIII8s8x48xI28xI")
     FRAME = struct.Struct(">8x8sII")
     FRAME_HEAD, WAL_HEAD = 24, 32
+    LIST_HEAD, LIST_BLOCK = 34, 4096    # entries of 4 bytes; the head takes the place of the first ones
     TICK = 20_000_000               # nanoseconds in which two changes may get the same time
     SHARED_LOCK = 0x40000002        # where in the main file SQLite's lock of those who have it open is
 
@@ -2983,16 +2989,15 @@ class _Files:
             return
         self._traces = None
         # Others may checkpoint or commit between two looks, and the system may stop them in the middle
-        for pause in (0.0, 0.001, 0.004, 0.01, 0.03):
-            if pause:
-                time.sleep(pause)
+        for pause in (0.001, 0.004, 0.01, 0.03, None):
             try:
                 self._look()
                 break
-            except StoreUnavailable:
-                if pause == 0.03:
+            except (StoreUnavailable, OSError):
+                if pause is None:
                     self.hold(True)
                     raise
+                time.sleep(pause)
         if self.is_held:
             self.hold(False)
 
@@ -3003,7 +3008,7 @@ class _Files:
             found = None
         if found is None or found[1:3] != self._ids[0]:
             if self.is_watched and not os.fstat(self._open[self.main]).st_nlink:
-                raise _Deleted(f"{self.main} was deleted or replaced while it is in use")
+                raise _Replaced(f"{self.main} was deleted or replaced while it is in use")
             raise FilesChanged("the file was moved or deleted while it is in use; put it back before "
                                "the service is restarted")
         return found
@@ -3021,27 +3026,32 @@ class _Files:
         if last is not None:
             self._check_progress(last, index)
         self._last = index
-        wal, shm = self._stat_of(self.wal, self._ids[1]), self._stat_of(self.shm, self._ids[2])
+        shm, wal = self._stat_of(self.shm, self._ids[2]), self._stat_of(self.wal, self._ids[1])
         if max(found.st_ctime_ns, shm.st_ctime_ns) < time.time_ns() - self.TICK:
             self._traces = [_trace(found), _trace(wal), _trace(shm)]
 
-    @staticmethod
-    def _stat_of(name: str, identity: tuple) -> os.stat_result:
+    def _stat_of(self, name: str, identity: tuple) -> os.stat_result:
         try:
             found = os.stat(name)
         except OSError:
             found = None
         if found is None or found[1:3] != identity:
-            raise _Unlinked(f"{name} was moved, deleted or replaced while it is in use")
+            kind = _Replaced if found is not None and name == self.shm else _Unlinked
+            raise kind(f"{name} was moved, deleted or replaced while it is in use")
         return found
 
     def _check_frame(self, index: WALIndex) -> None:
-        """The last frame of `index` must be in -wal."""
+        """The last frame of `index` must be in -wal, and its page in the list of them in -shm: a commit makes
+        the head of -shm right again when an older -shm was copied over it, and not that list."""
         place = self.WAL_HEAD + (index.frames - 1) * (self.FRAME_HEAD + index.page_bytes())
         head = os.pread(self._open[self.wal], self.FRAME_HEAD, place)
         expected = (index.salt, index.check_1, index.check_2)
         if len(head) < self.FRAME_HEAD or self.FRAME.unpack(head) != expected:
             raise FilesChanged(self._told(self.wal))
+        block, entry = divmod(index.frames - 1 + self.LIST_HEAD, self.LIST_BLOCK)
+        listed = os.pread(self._open[self.shm], 4, block * 8 * self.LIST_BLOCK + 4 * entry)
+        if int.from_bytes(listed, sys.byteorder) != int.from_bytes(head[:4], "big"):
+            raise FilesChanged(self._told(self.shm))
 
     def _check_progress(self, last: WALIndex, index: WALIndex) -> None:
         """Commits are counted on, and a WAL only grows until it is started anew."""
@@ -3055,7 +3065,7 @@ class _Files:
         """The main file has changed: raise StoreUnavailable unless a checkpoint has done that."""
         with self._judging:
             index = self.index()
-            found = os.stat(self.main)
+            found = os.fstat(self._open[self.main])
             again = self.index()
             moves = index.salt, index.moved, index.tried
             foreign = moves == self._moves and index.moved == index.tried
@@ -3273,11 +3283,13 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
         self._compared = 0              # bytes of stored payloads that this transaction has looked at
 
     @contextlib.contextmanager
-    def savepoint(self) -> Iterator[None]:
-        """What is done within is undone, and nothing else, when it raises."""
+    def savepoint(self, keep: bool = True) -> Iterator[None]:
+        """What is done within is undone, and nothing else, when it raises or is not to be kept."""
         self.execute("SAVEPOINT work")
         try:
             yield
+            if not keep:
+                self.execute("ROLLBACK TO work")
         except BaseException:
             if self._connection.in_transaction:         # a full disk has rolled back all of it
                 self.execute("ROLLBACK TO work")
@@ -3285,8 +3297,15 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
             raise
         self.execute("RELEASE work")
 
-    def touch(self) -> None:
-        """Write something, durably with the commit, that changes nothing."""
+    def rehearse(self) -> None:
+        """All that storing an event takes, durably with the commit, but nothing is changed. Raises
+        sqlite3.Error when an event could not be stored: a trigger's body, say, is only read when it fires."""
+        tried = ("scheduled", "\x7ftry", "\x7ftry", "", None, "", None, "{}")
+        with self.savepoint(keep=False):
+            if self.execute(self.INSERTS[1], tried).rowcount != 1:
+                raise sqlite3.IntegrityError("no event would be stored")
+            if self.execute(self.INSERTS[1], tried).rowcount:
+                raise sqlite3.IntegrityError("duplicates would be stored")
         self.execute(f"PRAGMA user_version = {SQLite.DATA_VERSION}")
 
     def insert(self, events: list) -> list:
@@ -3395,9 +3414,7 @@ CREATE TABLE conflicting_events (
         self.writer: Optional[sqlite3.Connection] = None
         self._saved = ""                    # the copy of a file that was deleted while it is in use
         self.readers = _Readers(self)
-        self._checkpoints = _Checkpoints(self)
-        self.checkpoint = self._checkpoints.make
-        self.checkpoint_due = self._checkpoints.are_due
+        self.checkpoints = _Checkpoints(self)
 
     # -- opening
 
@@ -3422,10 +3439,11 @@ CREATE TABLE conflicting_events (
             self.writer = self.connect(self.CACHE_KIB - self.readers.MOST * self.readers.CACHE_KIB)
             self._prepare(self.writer)
             self.files.watch()
-            self._checkpoints.start()
+            self.checkpoints.start()
         except (OSError, sqlite3.Error, StoreUnavailable) as error:
+            reason = _reason(error, self.path)          # asked before anything is closed
             self.close()
-            raise SetupError(f"database {self.path}: {_reason(error)}") from None
+            raise SetupError(f"database {self.path}: {reason}") from None
         except BaseException:
             self.close()
             raise
@@ -3481,8 +3499,8 @@ CREATE TABLE conflicting_events (
         connection.execute("BEGIN IMMEDIATE")
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
+            connection.execute(f"PRAGMA user_version = {version}")      # fails where nothing can be written
             if version < self.DATA_VERSION:
-                connection.execute(f"PRAGMA user_version = {version}")  # fails where nothing can be written
                 for step in MIGRATIONS[version:] if version else MIGRATIONS[:1]:
                     step(self, connection)
                 connection.execute(f"PRAGMA user_version = {self.DATA_VERSION}")
@@ -3521,10 +3539,10 @@ CREATE TABLE conflicting_events (
             connection.execute("COMMIT")
             if not self.files.is_only_wal_longer():
                 self.check()
-            self._checkpoints.committed()
-        except sqlite3.Error as error:
+            self.checkpoints.committed()
+        except (sqlite3.Error, OSError) as error:
             _roll_back(connection)
-            raise _unavailable(error) from error
+            raise _unavailable(error, self.path) from error
         except BaseException:
             _roll_back(connection)
             raise
@@ -3538,7 +3556,7 @@ CREATE TABLE conflicting_events (
         if self.lock.acquire(blocking=False):           # else there is a next one already
             try:
                 if self.writer is not None:
-                    with contextlib.suppress(StoreUnavailable):
+                    with contextlib.suppress(StoreUnavailable, OSError):
                         self.check()
             finally:
                 self.lock.release()
@@ -3549,17 +3567,17 @@ CREATE TABLE conflicting_events (
             self.files.check()
         except _Unlinked as error:
             told = "events of the last seconds may be missing when the service is restarted"
-            if self._checkpoints.save():
+            if self.checkpoints.save():
                 told = "all that is stored was saved into the database: restart the service"
             raise FilesChanged(f"{error}; {told}") from None
-        except _Deleted as error:
+        except _Replaced as error:
             self._save_aside()
             kept = self._saved or "no file any more"
-            raise FilesChanged(f"{error}; what was stored in it is in {kept}: put the right file in its "
-                               "place, and restart the service") from None
+            raise FilesChanged(f"{error}; all that was stored is in {kept}: stop whatever else uses the "
+                               "database, put the right file in its place, and restart the service") from None
 
     def _save_aside(self) -> None:
-        """Once, copy a main file that has no name any more."""
+        """Once, copy what is open and has its name no more."""
         with contextlib.suppress(sqlite3.Error, OSError):
             self._saved = self._saved or _copy_beside(self.writer, self.path, "saved")
 
@@ -3611,9 +3629,9 @@ CREATE TABLE conflicting_events (
         """Put everything into the main file and close, but write nothing over files that others changed."""
         if self.files is None:
             return
-        self._checkpoints.stop()
-        with self._checkpoints.moving, self.readers.all_places() as places, self.lock:
-            connections = [*places, self._checkpoints.connection, self.writer]
+        self.checkpoints.loop.stop()
+        with self.checkpoints.moving, self.readers.all_places() as places, self.lock:
+            connections = [*places, self.checkpoints.connection, self.writer]
             connections = [one for one in connections if one is not None]
             places[:] = [None] * len(places)
             try:
@@ -3624,7 +3642,7 @@ CREATE TABLE conflicting_events (
             except StoreUnavailable:
                 if not self.files.is_held:
                     connections = _without_checkpoint(connections)
-            self.writer = self._checkpoints.connection = None
+            self.writer = self.checkpoints.connection = None
             for connection in connections:
                 connection.close()
         self.files.close()
@@ -3675,8 +3693,8 @@ class _Readers:
                 connection = self._engine.connect(self.CACHE_KIB)
                 connection.execute("PRAGMA query_only = 1")
             yield connection
-        except sqlite3.Error as error:
-            raise _unavailable(error) from error
+        except (sqlite3.Error, OSError) as error:
+            raise _unavailable(error, self._engine.path) from error
         finally:
             self._give_back(connection)
 
@@ -3721,34 +3739,15 @@ class _Checkpoints:
         self._tried_at = 0                  # how long the WAL was at the last try
         self._rest_is_due = False
         self._changes = 0                   # of the writer, all of them moved; used where -shm cannot be read
-        self._due = threading.Event()
-        self._stopping = False
-        self._thread: Optional[threading.Thread] = None
+        self.loop = Loop("checkpoint", self.make, self.SECONDS)
 
     def start(self) -> None:
-        """Begin. The thread becomes a Loop of the section Work."""
+        """Begin."""
         self.connection = self._engine.connect(0)
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="webhook-checkpoint", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._stopping = True
-        self._due.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        while not self._stopping:  # looked at after clear(), which may have undone the set() of stop()
-            self._due.wait(self.SECONDS)
-            if not self._stopping:
-                self.make()
-            self._due.clear()
+        self.loop.start()
 
     def are_due(self) -> bool:
-        """Whether make() should be called now, and not only every few seconds."""
+        """Whether to make() them now, and not only every few seconds."""
         length = self._length()
         if length < self._tried_at:         # the WAL was started anew
             self._tried_at = 0
@@ -3759,11 +3758,11 @@ class _Checkpoints:
         if self._rest_is_due:
             self._move_rest()
         elif self.are_due():
-            self._due.set()
+            self.loop.wake()
 
     def make(self) -> None:
         """Move what is there. What fails (a full disk, a lock) is tried again with the next call."""
-        with self.moving, contextlib.suppress(StoreUnavailable, sqlite3.Error):
+        with self.moving, contextlib.suppress(StoreUnavailable, sqlite3.Error, OSError):
             if self.connection is None:                 # closed
                 return
             self._check()
@@ -3779,7 +3778,7 @@ class _Checkpoints:
         """As the engine's, but waits for the writer only when there is something to save."""
         try:
             self._engine.files.check()
-        except (_Unlinked, _Deleted):
+        except (_Unlinked, _Replaced):
             with self._engine.lock:
                 self._engine.check()
 
@@ -3982,25 +3981,39 @@ def _lenient_text(data: bytes) -> str:
     return data.decode("utf-8", "replace")
 
 
-def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
-    text = str(error)
+def _unavailable(error: Exception, path: str) -> StoreUnavailable:
+    text = reason_of(error)
     kind = StoreLocked if "locked" in text or "busy" in text else StoreUnavailable
-    unavailable = kind(_reason(error))
-    unavailable.public = text                           # the advice is the operator's
-    return unavailable
+    return kind(_reason(error, path), text)
 
 
-def _reason(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    hints = {"unable to open database file":
-             "cannot be opened: does its folder exist, and may this user write there?",
-             "database disk image is malformed": DAMAGED,
+def _reason(error: Exception, path: str) -> str:
+    """An error of SQLite or the system about the database `path` in an operator's words, with what to do."""
+    text = reason_of(error)
+    vague = {"unable to open database file": "it cannot be opened", "Permission denied": text,
+             "attempt to write a readonly database": "it is read-only for this user", "Too many open files": text}
+    if text in vague:
+        return _obstacle(path) or vague[text]
+    hints = {"database disk image is malformed": DAMAGED,
              "file is not a database": "the file is not a SQLite database; it was not changed",
-             "attempt to write a readonly database": "the file or its folder is read-only for this user",
              "disk I/O error": "the system could not read or write the file (disk I/O error): look at the disk "
                                "and at limits of file size (ulimit -f)",
              "database or disk is full": "the disk is full"}
     return hints.get(text, text)
+
+
+def _obstacle(path: str) -> str:
+    """What keeps this user from the database, for which SQLite has the same words whatever it is."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return f"{reason_of(error)}: raise the limit of open files (ulimit -n)"
+    real = os.path.realpath(path)
+    for name in (real, real + "-wal", real + "-shm", os.path.dirname(real)):
+        may = os.access(name, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+        if os.path.exists(name) and not may:
+            return f"{name} is read-only for this user, or not even readable: chmod or chown it"
+    return ""
 
 
 def _refuse_left_wal(path: str, problem: str) -> None:
@@ -4114,8 +4127,7 @@ class _PlainTable:
                 return _copy_beside(source, path, "before-migration")
         except (OSError, sqlite3.Error) as error:
             raise SetupError(f"database {path}: its table has to be rebuilt, and a copy of the file could "
-                             "not "
-                             f"be made beside it ({_reason(error)}); it was not changed") from None
+                             f"not be made beside it ({_reason(error, path)}); it was not changed") from None
 
     def _rebuild(self) -> None:
         key = "id" if "id" in self._columns else "rowid"
@@ -4175,26 +4187,11 @@ class _PlainTable:
         try:
             with session.savepoint():
                 self._execute(statement)
-                self._try_insert(session)
+                session.rehearse()
         except sqlite3.Error as error:
             return [f"The {kind} {printable(name)} of the old table could not be kept: "
                     f"{printable(str(error))}"]
         return []
-
-    def _try_insert(self, session: Session) -> None:
-        """Raise sqlite3.Error if no event could be stored any more: a trigger's body is only read when it
-        fires."""
-        tried = ("scheduled", "\x7ftry", "\x7ftry", "", None, "", None, "{}")
-        self._execute("SAVEPOINT try")
-        try:
-            if self._execute(Session.INSERTS[1], tried).rowcount != 1:
-                raise sqlite3.IntegrityError("with it no event would be stored")
-            if self._execute(Session.INSERTS[1], tried).rowcount:
-                raise sqlite3.IntegrityError("with it duplicates would be stored")
-        finally:
-            if self._connection.in_transaction:
-                self._execute("ROLLBACK TO try")
-                self._execute("RELEASE try")
 
 
 def _quoted(name: str) -> str:
@@ -4458,7 +4455,7 @@ class _Committer:
     def works(self) -> bool:
         """Whether a commit works just now; no sender's event is risked for it."""
         try:
-            outcome, = self.commit([_Waiting(work=_write_the_same)], LOCK_STEPS[-1])
+            outcome, = self.commit([_Waiting(work=_rehearse)], LOCK_STEPS[-1])
             return outcome.kind != "failed"
         except Exception:                               # why not is known since the breaker opened
             return False
@@ -4499,7 +4496,6 @@ class Store:
         self._busy_timeout = busy_timeout
         self._on_trouble, self._on_error = on_trouble, on_error
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self.submit: Callable[[Submission], Any] = self._queue.put      # hot path: straight into the C queue
         self._lanes = _Lanes(self, on_error)
         self._refusal = ""              # why each submission fails at once just now
         self._committer = _Committer(engine, on_stored, on_error)
@@ -4508,7 +4504,7 @@ class Store:
         self._pause = LOCK_STEPS[0]
         self._breaker = Breaker()
         self._lock_counted = -math.inf                  # when a lock last counted as a failure
-        self._trouble = ""
+        self._trouble = self._public = ""               # the operator's words, and everybody's
         self._checkup = Checkup("probe", self._probe)
         self._stop_lock, self._stopping, self._stopped = threading.Lock(), threading.Event(), False
 
@@ -4528,16 +4524,23 @@ class Store:
             if self._stopped:
                 return
             self._stopped = True
+            self._busy_timeout = 0.0                    # who stops us has given senders time to wait for a lock
             if self._writer.ident is not None:
                 self.settle()                           # what is being compared may still need the writer
                 self._stopping.set()
                 self.submit(_Waiting())                 # wakes the writer
                 self._writer.join()
                 self._lanes.stop()
-            self._refuse("the store has stopped")
+            self._refuse("the store has stopped", "")
             self.engine.close()
 
     # -- submitting
+
+    def submit(self, submission: Submission) -> None:
+        """Leave it to the writer. While nothing can be stored it fails at once, after what came before it."""
+        self._queue.put(submission)
+        if self._refusal:               # it is set before the queue is emptied: nobody is left behind there
+            self._refuse_queued()
 
     def lead(self, submissions: list) -> None:
         """Commit the events of `submissions` and tell each its outcome, or hand all to the writer.
@@ -4588,14 +4591,14 @@ class Store:
             return str(error)
         if under_way > self._busy_timeout + 1:
             return f"the writer has not answered for {under_way:.0f} s"
-        return found or self._trouble
+        return found or self._public
 
     def _probe(self) -> str:
         try:
-            self.do(_write_the_same)
+            self.do(_rehearse)
             return ""
         except Exception as error:
-            return str(error) or repr(error)
+            return _public(error)
 
     # -- committing
 
@@ -4634,13 +4637,14 @@ class Store:
         try:
             if any(one.event is not None or one.work is not None for one in group):
                 outcomes = self._committer.commit(group, LOCK_STEPS[-1])
-                self._succeeded()
+                if any(outcome.kind not in ("failed", "passed") for outcome in outcomes):
+                    self._succeeded()
         except StoreLocked as error:
             return self._fail_the_late(group, error)
         except Exception as error:                      # whatever it is, nobody may wait for ever
             if len(group) > 1 and any(one.work is not None for one in group):
                 return self._write_apart(group)
-            self._report(str(error) or repr(error))
+            self._report(reason_of(error), _public(error))
             self._breaker.failed()
             outcomes = itertools.repeat(Outcome("failed", error=error))
         self._lanes.tell(group, outcomes)
@@ -4658,7 +4662,7 @@ class Store:
         now = time.monotonic()
         late = [one for one in group if now - one.arrived >= self._busy_timeout]
         if late:                                        # who only had to wait a little has no trouble
-            self._report(str(error))
+            self._report(str(error), error.public)
             # One lock fails many groups: it counts once in each busy timeout. So only one that lasts for five
             # of them opens the breaker, and the first event after any shorter one is stored
             if now - self._lock_counted >= max(self._busy_timeout, LOCK_COUNTS):
@@ -4672,54 +4676,43 @@ class Store:
     def _sit_out(self, group: list) -> None:
         """The breaker is open: fail `group` and all that comes at once, until a try works or stop() comes."""
         self._report(f"{self._trouble}; this failed {BREAKER_FAILURES} times in a row, so events are refused "
-                     "at once until a try of our own works (breaker open)")
-        self._refuse(self._trouble, group)
+                     "at once until a try of our own works (breaker open)", self._public)
+        self._refuse(self._trouble, self._public, group)
         while not self._stopping.wait(LOCK_STEPS[-1]):
-            self._refuse_queued()                       # who had looked up `submit` before it changed
             if not self._breaker.allows():
                 continue
             if self._committer.works():
-                with self._lanes.lock:
-                    self._refuse_queued()
-                    self._refusal, self.submit = "", self._queue.put
+                with self._lanes.lock:                  # or who refuses just now would wait for what we take
+                    self._refusal = ""
                 self._succeeded()
                 return
             self._breaker.failed()
 
-    def _refuse(self, reason: str, group: Iterable = ()) -> None:
+    def _refuse(self, reason: str, public: str, group: Iterable = ()) -> None:
         """Fail `group`, what is queued and, from now on, each submission at once, in this order."""
         with self._lanes.lock:
-            self._refusal, self._committer.quick, self.submit = reason, False, self._fail_at_once
+            self._refusal, self._public, self._committer.quick = reason, public, False
             for submission in group:
                 self._tell_refusal(submission)
             self._refuse_queued()
 
     def _refuse_queued(self) -> None:
         with self._lanes.lock:
-            while self._queue.qsize():
+            while self._refusal and self._queue.qsize():
                 self._tell_refusal(self._queue.get())
-
-    def _fail_at_once(self, submission: Submission) -> None:
-        with self._lanes.lock:
-            if self._refusal:
-                self._refuse_queued()                   # first what came before
-                self._tell_refusal(submission)
-            else:                                       # the breaker has closed just now
-                self._queue.put(submission)
 
     def _tell_refusal(self, submission: Submission) -> None:
         # An exception for each: one that is raised again and again grows with every traceback
-        error = StoreUnavailable(self._refusal)
-        if self._breaker.state == "open":
-            error.public = "the database has failed several times in a row"
+        error = StoreUnavailable(self._refusal, self._public)
         self._lanes.tell([submission], [Outcome("failed", error=error)])
 
     def _succeeded(self) -> None:
         self._pause = LOCK_STEPS[0]
         self._breaker.succeeded()
-        self._report("")
+        self._report("", "")
 
-    def _report(self, trouble: str) -> None:
+    def _report(self, trouble: str, public: str) -> None:
+        self._public = public
         if trouble != self._trouble:
             self._trouble = trouble
             try:
@@ -4755,14 +4748,18 @@ def _work(session: Any, submission: Submission) -> Outcome:
     try:
         with session.savepoint():
             submission.result = submission.work(session)
-        return PASSED
+        return Outcome("done")
     except BaseException as error:                      # of whoever asked for it, and told to them
         return Outcome("failed", error=error)
 
 
-def _write_the_same(session: Any) -> None:
-    """Work that writes durably and changes nothing."""
-    session.touch()
+def _rehearse(session: Any) -> None:
+    session.rehearse()
+
+
+def _public(error: Exception) -> str:
+    """What everybody may hear of an error."""
+    return getattr(error, "public", "") or reason_of(error)
 
 
 # =============================================================================
@@ -5929,7 +5926,7 @@ class Endpoints:
         if isinstance(error, Refusal):
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
-            message = f"This cannot be done now: {error.public or error}; try again"
+            message = f"This cannot be done now: {error.public}; try again"
             return self.refused(request, Refusal(503, message, fields=RETRY_AFTER))
         self.log.exception("Unexpected error", request.id, error)
         message = "Unexpected error; see the log entry with this request id"
