@@ -992,25 +992,17 @@ def _escaped_character(kind: str, value: str) -> str:
     return chr(int(value, 16))
 
 
-def ecma_pattern(source: str) -> re.Pattern:
-    """The re.Pattern that matches, by search(), what ECMA-262 (flag u) matches. Raises ValueError."""
-    regex = _Regex(source)
-    if regex.property:
-        raise ValueError(f"{printable(regex.property, 40)} is not supported: write the characters out, "
-                         r"as in [A-Za-z\u00c0-\u024f]")
-    try:
-        return re.compile(regex.text, re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"not a usable regular expression: {getattr(error, 'msg', error)}") from None
-
-
 # -- patterns that may take for ever. Python's re tries every way through one before it says no. How many ways
 # there can be is read off its position automaton (Glushkov): exponentially many where a state leads back to
 # itself by one text in two ways, as in (a+)+; a power of the length where one loop leads to the next by what
-# both take, as in \d+\d+ (Weber and Seidl, On the degree of ambiguity of finite automata, 1991).
+# both take, as in \d+\d+ (Weber and Seidl, On the degree of ambiguity of finite automata, 1991). That says how
+# fast the steps grow; how many they are is counted on short texts.
 
 MOST_STEPS = 2_000_000  # of re for one match, at 1 to 50 ns: what may hold the interpreter, 2 to 100 ms
-LARGE_TEXT = 2 ** 20    # characters: what takes fewer steps than MOST_STEPS with as many is not bounded
+LARGE_TEXT = 100_000    # characters: what takes fewer steps than MOST_STEPS with as many is not bounded
+LONGEST_DOUBLING = 20   # characters, where each may double the steps: 2 ** 20 is half of MOST_STEPS
+SHORT_TEXT = 300        # characters of the texts on which steps are counted
+WRITTEN_OUT = 300       # states of a repeat that is looked at turn by turn; a larger one counts as endless
 MOST_LOOKS = 500_000    # at states of one pattern: what takes more counts as dangerous
 MOST_STATES = 5000
 _BORDERS = "\x80\xa0\u1680\u2000\u200b\u2028\u202a\u202f\u205f\u3000\ufeff\uff00"
@@ -1040,10 +1032,9 @@ class _Automaton:
         self._sets: dict = {}
         self.takes: list = []           # for each state its characters, as bits
         self.follow: list = []          # the states that may come next, one as often as there are ways to it
-        self.most: list = []            # how often its loop turns
         self._is_sure = True            # that nothing fails but for a character that is not there
         first, last, empty = self._add(regex.term)
-        self.start = self._state((1 << len(self._alphabet)) - 1, INFINITE)      # search() may begin anywhere
+        self.start = self._state((1 << len(self._alphabet)) - 1)        # search() may begin anywhere
         self.follow[self.start] = [self.start, *first]
         blind = {state for state, takes in enumerate(self.takes) if not takes}
         self.ends: set = set()          # states from which the search ends well: none of them is tried twice
@@ -1056,10 +1047,9 @@ class _Automaton:
         self.reach = self._reach(self.onward)
         self._looks = 0
 
-    def _state(self, characters: int, most: float = 1) -> int:
+    def _state(self, characters: int) -> int:
         self.takes.append(characters)
         self.follow.append([])
-        self.most.append(most)
         if len(self.takes) > MOST_STATES:
             raise _TooLarge
         return len(self.takes) - 1
@@ -1105,27 +1095,22 @@ class _Automaton:
         return first, last, empty
 
     def _repeat(self, term: _Term) -> tuple:
-        """As many copies as there must be, then those that may be, or a loop where that says as much."""
-        body, sure, more = term.parts[0], term.low, term.high - term.low
-        size = _size(body)
-        if sure * size > 256 or sure > 5 and _has_choice(body):
-            sure, more = 0, term.high
-        copies = [self._add(body) for _ in range(int(sure))]
+        """As many copies as there must be, then those that may be, or a loop."""
+        body = term.parts[0]
+        sure, more = _copies(term)
+        copies = [self._add(body) for _ in range(sure)]
         rest: tuple = ([], [], 1)
-        if more == 1 or more <= 5 and more * size <= 30 and _is_endless(body):
+        if more == INFINITE:
+            first, last, empty = self._add(body)
+            # re goes on after an empty turn only where it still must
+            ways = 1 + bool(empty and term.low > sure)
+            for state in last:
+                self.follow[state].extend(first * ways)
+            rest = first, last, min(empty + 1, 2)
+        else:
             for _ in range(int(more)):
                 first, last, empty = self._in_turn([self._add(body), rest])
                 rest = first, last, min(empty + 1, 2)
-        elif more:
-            before = len(self.takes)
-            first, last, empty = self._add(body)
-            # re goes on after an empty turn only where it still must
-            ways = 1 + bool(empty and term.low > 1)
-            for state in last:
-                self.follow[state].extend(first * ways)
-            for state in range(before, len(self.takes)):
-                self.most[state] *= more
-            rest = first, last, min(empty + 1, 2)
         return self._in_turn([*copies, rest])
 
     def _reach(self, follow: list) -> list:
@@ -1196,28 +1181,27 @@ class _Automaton:
                             todo.append(place)
         return False
 
-    def ways(self) -> int:
-        """How many lead past the loops to one state, at most, by a text that is one character repeated."""
-        order = sorted(range(len(self.takes)), key=lambda state: -bin(self.reach[state]).count("1"))
-        most = 1
-        for fits in {tuple(takes >> bit & 1 for takes in self.takes) for bit in range(len(self._alphabet))}:
-            count = list(fits)
-            for state in filter(count.__getitem__, order):
-                for after in self.follow[state]:
-                    if fits[after] and not self.reach[after] >> state & 1:
-                        count[after] += count[state]
-            most = max(most, *count)
-        return most
+    def steps(self) -> tuple:
+        """(n, how many steps n characters make, how many of these the last one makes), at most.
 
-    def turns(self, loop: frozenset) -> float:
-        """How many characters a loop can take."""
-        return max(self.most[state] for state in loop) * len(loop)
-
-    def branching(self, loop: frozenset) -> int:
-        """In how many ways a state of the loop can go on with one character, at most."""
-        ways = {tuple(after for after in self.follow[state] if after in loop) for state in loop}
-        return max(2, *(sum(self.takes[after] >> bit & 1 for after in way)
-                        for way in ways for bit in range(len(self._alphabet))))
+        Counted on texts of one character repeated, from the worst state on, as others may have led there. n is
+        large enough that only loops go on; smaller where the steps become more than MOST_STEPS.
+        """
+        longest, most, growth = max(SHORT_TEXT, len(self.takes)), 0, 0
+        fitting = {sum((takes >> bit & 1) << state for state, takes in enumerate(self.takes))
+                   for bit in range(len(self._alphabet))}
+        for fits in fitting:
+            if any(fits & other == fits != other for other in fitting):
+                continue                                # another character goes wherever this one does
+            follow = [[after for after in states if fits >> after & 1] for states in self.follow]
+            length, steps, before = 0, [0] * len(follow), None
+            while steps != before and length < longest and max(steps) <= MOST_STEPS:
+                length, before = length + 1, steps
+                steps = [sum(map(before.__getitem__, states), len(states)) for states in follow]
+            if max(steps) > MOST_STEPS:
+                longest = length - 1
+            most, growth = max(most, *steps), max(growth, max(steps) - max(before))
+        return longest, most, growth
 
 
 def _at_most_twice(states: list) -> list:
@@ -1225,22 +1209,24 @@ def _at_most_twice(states: list) -> list:
     return [state for state, count in Counter(states).items() for _ in range(min(count, 2))]
 
 
+def _copies(term: _Term) -> tuple:
+    """How many copies of its part a repeat becomes: (how many must be, how many more may be)."""
+    size = _size(term.parts[0])
+    sure, more = int(term.low), term.high - term.low
+    if sure * size > WRITTEN_OUT:
+        sure, more = 0, INFINITE
+    elif (sure + more) * size > WRITTEN_OUT:
+        more = INFINITE
+    return sure, more
+
+
 def _size(term: _Term) -> float:
     """How many states a term becomes."""
     inside = sum(map(_size, term.parts))
     if term.kind == "repeat":
-        return inside * max(1, min(term.high, term.low + 5))
+        sure, more = _copies(term)
+        return inside * (sure + (1 if more == INFINITE else more))
     return inside + (term.kind in ("one", "again"))
-
-
-def _has_choice(term: _Term) -> bool:
-    """Whether there are several ways to match it."""
-    chooses = term.kind == "either" and len(term.parts) > 1 or term.low != term.high
-    return chooses or any(map(_has_choice, term.parts))
-
-
-def _is_endless(term: _Term) -> bool:
-    return term.high == INFINITE or any(map(_is_endless, term.parts))
 
 
 class Pattern(NamedTuple):
@@ -1255,51 +1241,48 @@ class Pattern(NamedTuple):
 
 
 def read_pattern(source: str) -> Pattern:
-    """The Pattern of an ECMA-262 regular expression. Raises ValueError."""
-    search = ecma_pattern(source).search
+    """The Pattern whose search() finds what ECMA-262 (flag u) would find. Raises ValueError."""
+    regex = _Regex(source)
+    if regex.property:
+        raise ValueError(f"{printable(regex.property, 40)} is not supported: write the characters out, "
+                         r"as in [A-Za-z\u00c0-\u024f]")
     try:
-        longest, kind = _longest_text(_Automaton(_Regex(source)))
+        search = re.compile(regex.text, re.ASCII).search
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"not a usable regular expression: {getattr(error, 'msg', error)}") from None
+    try:
+        longest, kind = _longest_text(_Automaton(regex))
     except _TooLarge:
         longest, kind = 100, "large"
-    return Pattern(search, longest, _REWRITES.get(kind, ""))
+    if longest >= LARGE_TEXT:
+        return Pattern(search)
+    longest = int(longest)
+    longest -= longest % 10 ** max(len(str(longest)) - 2, 0)           # two digits say enough
+    return Pattern(search, longest, _REWRITES[kind])
 
 
 def _longest_text(automaton: _Automaton) -> tuple:
     """(characters of the longest text that is searched in MOST_STEPS, what makes it so many steps)."""
     loops = automaton.loops(automaton.follow)
+    length, steps, growth = automaton.steps()
+    if any(map(automaton.is_exponential, loops)):
+        return min(length, LONGEST_DOUBLING), "exponential"
     # Where the search may end it goes on once for each character; what it tries from there comes on top
     going_on = [loop for loop in automaton.loops(automaton.onward) if loop & automaton.ends]
-    ways = automaton.ways()
-    if ways > MOST_STEPS:
-        return 10, "exponential"
-    growing = {loop: automaton.branching(loop) for loop in loops if automaton.is_exponential(loop)}
-
-    def steps(chain: list, length: float) -> float:
-        """The logarithm of how many steps the loops of a chain take together on a text of that length."""
-        total, endless = math.log(max(ways / 8, len(automaton.takes) / 8, 1)), 0
-        for loop in chain:
-            turns = min(length, automaton.turns(loop))
-            if loop in growing:
-                total += turns * math.log(growing[loop]) + math.log(4)
-            else:
-                endless += turns == length
-                total += math.log(turns / max(endless, 1))
-        return total
-
-    chains: dict = {}               # the chain of most steps that begins with a loop
+    degrees: dict = {}              # for each loop: how many lead on from one to the next, from it on, at most
     for loop in loops + going_on:
-        later = [chains[other] for other in loops if other in chains and automaton.leads_on(loop, other)]
-        chains[loop] = [loop, *max(later, default=[], key=lambda chain: steps(chain, LARGE_TEXT))]
-    worst = max(chains.values(), key=lambda chain: steps(chain, LARGE_TEXT), default=[])
-    if len(worst) < 2 and not growing or steps(worst, LARGE_TEXT) <= math.log(MOST_STEPS):
-        return INFINITE, ""
-    longest = 1
-    while steps(worst, longest + 1 + longest // 50) <= math.log(MOST_STEPS):
-        longest += 1 + longest // 50
-    longest -= longest % 10 ** max(len(str(longest)) - 2, 0)           # two digits say enough
-    if growing.keys() & set(worst):
-        return longest, "exponential"
-    return longest, "start" if worst[0] == {automaton.start} and len(worst) == 2 else "power"
+        degrees[loop] = 1 + max((degrees[later] for later in degrees if later in loops
+                                 and automaton.leads_on(loop, later)), default=0)
+    degree = max(degrees.values(), default=0)
+    kind = "power"
+    if degree <= 2 and all(automaton.start in loop for loop in degrees if degrees[loop] == 2):
+        kind = "start"
+    if steps > MOST_STEPS:
+        return length, kind
+    if degree < 2:
+        return MOST_STEPS / max(growth, 1), kind
+    by_theory = (MOST_STEPS * math.factorial(degree)) ** (1 / degree)
+    return min(by_theory, length * (MOST_STEPS / steps) ** (1 / degree)), kind
 
 
 # =============================================================================
