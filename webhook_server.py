@@ -2755,15 +2755,6 @@ class Checkup:
 # Files: the files of an SQLite database, and who else changes them. Knows what SQLite writes, and no SQL.
 # =============================================================================
 
-COLUMNS = AppointmentEvent._fields[:-1]
-GROUP = 512  # most events in one commit: bounds how long the first of them waits for the last
-LOCK_STEP = 0.1                 # seconds to wait for another thread of ours that writes
-MOST_READ = 256 * 1024  # characters of payloads in one read: a reader that stalls keeps no more in memory
-# a longer payload is compared outside of the transaction: everybody waits for what is in it
-MOST_COMPARED = 8192
-DAMAGED = "the file is damaged; restore a backup, or save what is left with sqlite3's .recover"
-
-
 class StoreUnavailable(Exception):
     """Nothing of this group is stored: the database is locked, full, read-only or broken.
 
@@ -2777,26 +2768,6 @@ class StoreUnavailable(Exception):
 
 class StoreLocked(StoreUnavailable):
     """Another process holds the write lock; trying again is worth it."""
-
-
-class Outcome(NamedTuple):
-    """What became of one event: kind "stored", "duplicate" (event_id is then the one stored before) or
-    "failed"; "done" is said of a work, "passed" of a mere mark in the queue. `identical` is None where contents were
-    too large to compare in the transaction."""
-    kind: str
-    event_id: Optional[int] = None
-    identical: Optional[bool] = False
-    error: Optional[Exception] = None
-
-
-class Filter(NamedTuple):
-    """Which events to read. Times are canonical UTC, since inclusive, until exclusive, both of the
-    appointment."""
-    appointment_id: Optional[str] = None
-    patient_id: Optional[str] = None
-    event_type: Optional[str] = None
-    since: Optional[str] = None
-    until: Optional[str] = None
 
 
 class FilesChanged(StoreUnavailable):
@@ -3223,17 +3194,66 @@ class _LeftWAL:
         return index._replace(moved=min(index.moved, len(self._frames)))
 
 
-# -- SQLite: writing and reading
+# =============================================================================
+# SQLite: events in one file, over the watched ones. Knows SQL; knows nothing of HTTP or logs.
+# =============================================================================
+
+COLUMNS = AppointmentEvent._fields[:-1]
+LOCK_STEP = 0.1                 # seconds to wait for another thread of ours that writes
+MOST_READ = 256 * 1024  # characters of payloads in one read: a reader that stalls keeps no more in memory
+# a longer payload is compared outside of the transaction: everybody waits for what is in it
+MOST_COMPARED = 8192
+DAMAGED = "the file is damaged; restore a backup, or save what is left with sqlite3's .recover"
+
+EVENTS_TABLE = """
+CREATE TABLE {name} (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_type TEXT NOT NULL, appointment_id TEXT NOT NULL, patient_id TEXT NOT NULL,
+    timestamp TEXT NOT NULL,      -- canonical UTC
+    notes TEXT,
+    received_at TEXT NOT NULL,    -- UTC
+    client TEXT,                  -- who sent it
+    payload TEXT NOT NULL         -- the JSON as it came: no extra field is lost
+)"""
+# The same unique index finds duplicates and looks up appointments; a second one would only cost writes
+EVENTS_INDEX = ("CREATE UNIQUE INDEX idx_appointment_timestamp ON appointment_events "
+                "(appointment_id, timestamp)")
+CONFLICTS_TABLE = """
+CREATE TABLE conflicting_events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    event_id INTEGER NOT NULL,    -- the stored event that has the same key
+    received_at TEXT NOT NULL, client TEXT,
+    payload TEXT NOT NULL,
+    digest BLOB                   -- SHA-256 of the content
+)"""
+CONFLICTS_INDEX = "CREATE INDEX idx_conflicting_event_digest ON conflicting_events (event_id, digest)"
+
+
+class Outcome(NamedTuple):
+    """What became of one event: kind "stored", "duplicate" (event_id is then the one stored before) or
+    "failed"; "done" is said of a work, "passed" of a mere mark in the queue. `identical` is None where
+    contents were too large to compare in the transaction."""
+    kind: str
+    event_id: Optional[int] = None
+    identical: Optional[bool] = False
+    error: Optional[Exception] = None
+
+
+class Filter(NamedTuple):
+    """Which events to read. Times are canonical UTC, since inclusive, until exclusive, both of the
+    appointment."""
+    appointment_id: Optional[str] = None
+    patient_id: Optional[str] = None
+    event_type: Optional[str] = None
+    since: Optional[str] = None
+    until: Optional[str] = None
+
 
 def _insert_statement(rows: int) -> str:
     row = "(" + ", ".join("?" * len(COLUMNS)) + ")"
     return (f"INSERT INTO appointment_events ({', '.join(COLUMNS)}) VALUES {', '.join([row] * rows)} "
             "ON CONFLICT (appointment_id, timestamp) DO NOTHING")
 
-
-# =============================================================================
-# SQLite: events in one file, over the watched ones. Knows SQL; knows nothing of HTTP or logs.
-# =============================================================================
 
 class Session:
     """One transaction of SQLite's writer; it ends with the `with` of SQLite.transaction()."""
@@ -3362,28 +3382,6 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
 class SQLite:
     """One SQLite file: a lock-guarded connection that writes, and two that read and never wait for it."""
     DATA_VERSION = 2
-    EVENTS_TABLE = """
-CREATE TABLE {name} (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    event_type TEXT NOT NULL, appointment_id TEXT NOT NULL, patient_id TEXT NOT NULL,
-    timestamp TEXT NOT NULL,      -- canonical UTC
-    notes TEXT,
-    received_at TEXT NOT NULL,    -- UTC
-    client TEXT,                  -- who sent it
-    payload TEXT NOT NULL         -- the JSON as it came: no extra field is lost
-)"""
-    # The same unique index finds duplicates and looks up appointments; a second one would only cost writes
-    EVENTS_INDEX = ("CREATE UNIQUE INDEX idx_appointment_timestamp ON appointment_events "
-                    "(appointment_id, timestamp)")
-    CONFLICTS_TABLE = """
-CREATE TABLE conflicting_events (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    event_id INTEGER NOT NULL,    -- the stored event that has the same key
-    received_at TEXT NOT NULL, client TEXT,
-    payload TEXT NOT NULL,
-    digest BLOB                   -- SHA-256 of the content
-)"""
-    CONFLICTS_INDEX = "CREATE INDEX idx_conflicting_event_digest ON conflicting_events (event_id, digest)"
     CACHE_KIB = 65536               # for pages, in all connections together: a million scattered keys fit
     WAL_BYTES = 64 * 1024 * 1024    # what a WAL that had to grow longer is cut to when it is started anew
     FULL_CHECK_BYTES = 256 * 1024 * 1024  # larger files are not read whole at start: it would take seconds
@@ -4031,10 +4029,10 @@ def _make_tables(engine: SQLite, connection: sqlite3.Connection) -> None:
         _PlainTable(engine, connection).take_over()
         return
     engine.is_new = True
-    connection.execute(engine.EVENTS_TABLE.format(name="appointment_events"))
-    connection.execute(engine.EVENTS_INDEX)
-    connection.execute(engine.CONFLICTS_TABLE)
-    connection.execute(engine.CONFLICTS_INDEX)
+    connection.execute(EVENTS_TABLE.format(name="appointment_events"))
+    connection.execute(EVENTS_INDEX)
+    connection.execute(CONFLICTS_TABLE)
+    connection.execute(CONFLICTS_INDEX)
 
 
 def _add_digests(engine: SQLite, connection: sqlite3.Connection) -> None:
@@ -4051,7 +4049,7 @@ def _add_digests(engine: SQLite, connection: sqlite3.Connection) -> None:
                                  "ORDER BY id LIMIT 1", (row[0],)).fetchone()
         connection.execute("UPDATE conflicting_events SET digest = ? WHERE id = ?",
                            (content_digest(row[1]), row[0]))
-    connection.execute(engine.CONFLICTS_INDEX)
+    connection.execute(CONFLICTS_INDEX)
 
 
 # Each brings a file from the version of its place to the next, but the first makes the newest at once
@@ -4115,11 +4113,11 @@ class _PlainTable:
     def _rebuild(self) -> None:
         key = "id" if "id" in self._columns else "rowid"
         names = ", ".join(map(_quoted, self._columns))
-        engine, execute = self._engine, self._execute
-        execute(engine.EVENTS_TABLE.format(name="migrated_events"))
+        execute = self._execute
+        execute(EVENTS_TABLE.format(name="migrated_events"))
         execute("CREATE UNIQUE INDEX idx_migrated ON migrated_events (appointment_id, timestamp)")
-        execute(engine.CONFLICTS_TABLE)
-        execute(engine.CONFLICTS_INDEX)
+        execute(CONFLICTS_TABLE)
+        execute(CONFLICTS_INDEX)
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         highest = execute("SELECT max(seq) FROM sqlite_sequence "
                           "WHERE name = 'appointment_events'").fetchone()[0] or 0
@@ -4137,7 +4135,7 @@ class _PlainTable:
         # The newer way of ALTER TABLE fails where a view reads the table that is missing just now
         execute("PRAGMA legacy_alter_table = ON")
         execute("ALTER TABLE migrated_events RENAME TO appointment_events")
-        execute(engine.EVENTS_INDEX)
+        execute(EVENTS_INDEX)
 
     def _move_row(self, event_id: Any, event: AppointmentEvent) -> None:
         try:
@@ -4261,7 +4259,8 @@ def _canonical_or_same(timestamp: str) -> str:
 # =============================================================================
 
 DIGESTS_KEPT = 1024             # of stored contents that were compared
-LEAD_WAIT = 0.02
+GROUP = 512  # most events in one commit: bounds how long the first of them waits for the last
+LEAD_WAIT = 0.02                # seconds that who leads waits for its turn: nobody is read meanwhile
 LOCK_COUNTS = 1.0               # seconds in which a lock counts as one failure, if busy_timeout is shorter
 LOCK_STEPS = (0.002, 0.1)       # seconds between tries for a locked database: the first, doubled to the last
 PASSED = Outcome("passed")
