@@ -240,7 +240,8 @@ class Config:
         "", "JSON Schema of an event (default: schema.json beside the program)", _optional_text,
         unset=DEFAULT_SCHEMA_FILE)
     duplicates: str = _choice(
-        "conflict", "conflict|ok", "answer to an event that comes again unchanged: 409 (conflict) or 200 (ok)")
+        "conflict", "conflict|ok",
+        "answer to an event that comes again unchanged: 409 (conflict) or 200 (ok)")
     # Senders give up after 5 s or so: 2 s leaves them the time to hear the 503
     busy_timeout: float = _setting(
         2.0, "how long an event waits for a locked database, then it gets 503", _seconds, "SECONDS")
@@ -300,14 +301,15 @@ class Config:
         A variable that is empty counts as not set, and so does one that a container system made:
         strange_variables() tells of it. In the text of a SetupError, as_given() names the flag or variable.
         """
-        given = {field.name: _source_of(field.name, flags, environment)[1] for field in dataclasses.fields(cls)}
+        names = [field.name for field in dataclasses.fields(cls)]
+        given = {name: _source_of(name, flags, environment)[1] for name in names}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def check_files(self) -> None:
         """Each setting that names a file has one of its own, in a folder that exists. Raises SetupError.
 
-        It looks, and opens and makes nothing. A log that is the database as well would be written into it, and
-        its rotation would move the database away.
+        Looks, and opens and makes nothing. A log that is the database too would be written into it, and its
+        rotation would move the database away.
         """
         owners = {_identity(__file__): "this program"}
         for field in dataclasses.fields(self):
@@ -995,8 +997,8 @@ def _escaped_character(kind: str, value: str) -> str:
 # -- patterns that may take for ever. Python's re tries every way through one before it says no. How many ways
 # there can be is read off its position automaton (Glushkov): exponentially many where a state leads back to
 # itself by one text in two ways, as in (a+)+; a power of the length where one loop leads to the next by what
-# both take, as in \d+\d+ (Weber and Seidl, On the degree of ambiguity of finite automata, 1991). That says how
-# fast the steps grow; how many they are is counted on short texts.
+# both take, as in \d+\d+ (Weber and Seidl, On the degree of ambiguity of finite automata, 1991). That tells
+# how fast the steps grow; how many they are is counted on short texts.
 
 MOST_STEPS = 2_000_000  # of re for one match, at 1 to 50 ns: what may hold the interpreter, 2 to 100 ms
 LARGE_TEXT = 100_000    # characters: what takes fewer steps than MOST_STEPS with as many is not bounded
@@ -1184,8 +1186,8 @@ class _Automaton:
     def steps(self) -> tuple:
         """(n, how many steps n characters make, how many of these the last one makes), at most.
 
-        Counted on texts of one character repeated, from the worst state on, as others may have led there. n is
-        large enough that only loops go on; smaller where the steps become more than MOST_STEPS.
+        Counted on texts of one character repeated, from the worst state on, as others may have led there. n
+        is large enough that only loops go on; smaller where the steps become more than MOST_STEPS.
         """
         longest, most, growth = max(SHORT_TEXT, len(self.takes)), 0, 0
         fitting = {sum((takes >> bit & 1) << state for state, takes in enumerate(self.takes))
@@ -1269,7 +1271,7 @@ def _longest_text(automaton: _Automaton) -> tuple:
         return min(length, LONGEST_DOUBLING), "exponential"
     # Where the search may end it goes on once for each character; what it tries from there comes on top
     going_on = [loop for loop in automaton.loops(automaton.onward) if loop & automaton.ends]
-    degrees: dict = {}              # for each loop: how many lead on from one to the next, from it on, at most
+    degrees: dict = {}              # for each loop: how many lead from one to the next from it on, at most
     for loop in loops + going_on:
         degrees[loop] = 1 + max((degrees[later] for later in degrees if later in loops
                                  and automaton.leads_on(loop, later)), default=0)
@@ -1678,8 +1680,8 @@ class Schema:
         try:
             _refuse_if_not_json(document)
             if isinstance(document, dict) and "info" in document and document.keys() & {"openapi", "swagger"}:
-                raise SchemaError("", "this is an OpenAPI document, which as a schema checks nothing: write the "
-                                      "one schema out of it, with what it refers to in $defs")
+                raise SchemaError("", "this is an OpenAPI document, which as a schema checks nothing: write "
+                                      "the one schema out of it, with what it refers to in $defs")
             for uri, other in self._documents.items():
                 self._index(other, self._resource(uri.rstrip("#"), other), "", False)
             self._root = self._resource("", document)
@@ -2587,8 +2589,7 @@ class Loop:
         self._woken.set()
 
     def stop(self, wait: float = STOP_SECONDS) -> bool:
-        """End the thread after the step that is under way; False when that takes longer than `wait`
-        seconds."""
+        """End the thread after the step under way; False when that takes longer than `wait` seconds."""
         self._stopping = True
         self._woken.set()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
@@ -2608,8 +2609,7 @@ class Loop:
 
 
 class Clock:
-    """Small jobs that share one thread, "webhook-clock". A job that can take more than 0.1 s needs a Loop of
-    its own."""
+    """Small jobs that share the thread "webhook-clock". What can take over 0.1 s needs a Loop of its own."""
 
     def __init__(self, on_error: Callable[[str], Any] = _no_error,
                  now: Callable[[], float] = time.monotonic) -> None:
@@ -2688,8 +2688,7 @@ class PerSecond:
 
 
 class Turns:
-    """A lock that goes to who waits for it: Python's own goes to who is quickest, which is whoever just let
-    go of it."""
+    """A lock that goes to who waits for it: Python's own goes to who is quickest, who just had it."""
 
     def __init__(self) -> None:
         self._next, self._turn = threading.Lock(), threading.Lock()
@@ -2715,8 +2714,7 @@ class Turns:
 
 
 class Checkup:
-    """A check that may hang (a disk, say): made on a thread of its own, one at a time and at most once a
-    second."""
+    """A check that may hang (a disk, say): made on a thread of its own, at most once a second."""
 
     def __init__(self, name: str, check: Callable[[], Any],
                  now: Callable[[], float] = time.monotonic) -> None:
@@ -2758,7 +2756,7 @@ class Checkup:
 class StoreUnavailable(Exception):
     """Nothing of this group is stored: the database is locked, full, read-only or broken.
 
-    The text is the operator's and says what to do; `public` is what senders, and who asks for health, may hear.
+    The text is the operator's and says what to do; `public` is what senders and who asks for health may hear.
     """
 
     def __init__(self, text: str, public: str = "") -> None:
@@ -2778,7 +2776,7 @@ class FilesChanged(StoreUnavailable):
 
 
 class _Unlinked(FilesChanged):
-    """-wal or -shm has lost its name; what is in those that are open can still be moved into the main file."""
+    """-wal or -shm has lost its name; what is in the open ones can still be moved into the main file."""
 
 
 class _Replaced(FilesChanged):
@@ -2863,8 +2861,7 @@ class _Files:
         self._open, self._spare = {}, []
 
     def watch(self) -> None:
-        """From now on the files are those of the writer's connection, which has just been opened. Raises
-        OSError."""
+        """From now on the files are those of the writer, which has just been opened. Raises OSError."""
         names = (self.main, self.wal, self.shm) if self.is_watched else (self.main,)
         for name in names[1:]:
             self._open_anew(name)
@@ -2934,8 +2931,7 @@ class _Files:
         return [_trace(os.fstat(descriptor)) for descriptor in self._open.values()]
 
     def check(self) -> None:
-        """Raises StoreUnavailable, which says what happened and what to do, unless all is as SQLite left
-        it."""
+        """Raises StoreUnavailable, which says what happened and what to do, unless all is well."""
         if self._ids is None:
             return
         if not self.is_watched:
@@ -3095,8 +3091,7 @@ class _LeftWAL:
             if pages:
                 self._pages = pages
                 ends = [ends[1], len(numbers)]
-        # What follows the last commit never was. What is in the last commit may be torn, when the machine
-        # crashed
+        # What follows the last commit never was. The last one itself may be torn, if the machine crashed
         self._settled, self._frames = ends[0], numbers[:ends[1]]
 
     def _place(self, frame: int) -> int:
@@ -3177,8 +3172,8 @@ class _LeftWAL:
         return "the database was written by something else since"
 
     def is_doubtful(self) -> bool:
-        """Whether the main file is newer, though no checkpoint has written it: a copy of the folder does that,
-        and a restore that came at once."""
+        """Whether the main file is newer, though no checkpoint has written it: as in a copy of the folder, or
+        after a restore that came at once."""
         index = self._index()
         newer = os.fstat(self._main).st_mtime > os.fstat(self._wal).st_mtime
         return newer and index is not None and not index.tried and self.is_used()
@@ -3240,8 +3235,7 @@ class Outcome(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """Which events to read. Times are canonical UTC, since inclusive, until exclusive, both of the
-    appointment."""
+    """Which events to read. Times are the appointments', canonical UTC: since <= time < until."""
     appointment_id: Optional[str] = None
     patient_id: Optional[str] = None
     event_type: Optional[str] = None
@@ -3264,8 +3258,7 @@ class Session:
     INSERTS = tuple(map(_insert_statement, range(MOST_ROWS + 1)))
     FIND = "SELECT id FROM appointment_events WHERE appointment_id = ? AND timestamp = ?"
     NEWEST = "SELECT id, appointment_id, timestamp FROM appointment_events ORDER BY id DESC LIMIT ?"
-    # octet_length reads no overflow page; before SQLite 3.43 there is no way to learn a text's length without
-    # them
+    # octet_length reads no overflow page; before SQLite 3.43 nothing else tells a text's length
     LENGTH = "SELECT octet_length(payload) FROM appointment_events WHERE id = ?"
     if sqlite3.sqlite_version_info < (3, 43):
         LENGTH = "SELECT length(CAST(payload AS BLOB)) FROM appointment_events WHERE id = ?"
@@ -3335,8 +3328,7 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
             return [self._insert([event])[0] for event in chunk]
         if cursor.rowcount < len(chunk):
             return self._sort_out(chunk, cursor.rowcount)
-        # AUTOINCREMENT counts up by one within a statement. Hot path: _make and the constructor take three
-        # times as long
+        # AUTOINCREMENT counts up by one within a statement. Hot path: _make takes three times as long
         first, new = cursor.lastrowid - len(chunk) + 1, tuple.__new__
         ids = range(first, first + len(chunk))
         return [new(Outcome, ("stored", event_id, False, None)) for event_id in ids]
@@ -3373,8 +3365,7 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
         return Outcome("duplicate", event_id, identical)
 
     def keep_conflict(self, event_id: int, event: AppointmentEvent, digest: bytes) -> None:
-        """Keep `event`, which has the key of the stored one and other content: once for each client and
-        digest."""
+        """Keep an event with the key of the stored one and other content: once for each client and digest."""
         self.execute(self.KEEP, {"event_id": event_id, "received_at": event.received_at,
                                  "client": event.client, "payload": event.payload, "digest": digest})
 
@@ -3412,8 +3403,8 @@ class SQLite:
                 problem = f"{self.path} is missing"
             _refuse_left_wal(self.path, problem)
             if self.files.is_doubtful:
-                self.notes.append(f"{self.path}-wal, which was left by a crash, is older than the database and "
-                                  "was taken in: if you have restored a copy just now, what is in use is the "
+                self.notes.append(f"{self.path}-wal, left by a crash, is older than the database and was "
+                                  "taken in: if you have restored a copy just now, what is in use is the "
                                   "state before that; README says how to restore")
             if os.path.getsize(self.path):
                 self._inspect()
@@ -3444,8 +3435,7 @@ class SQLite:
 
     def _inspect(self) -> None:
         """Read what is there through a read-only connection, so that a file we refuse stays as it is."""
-        # A journal that a crash left must be rolled back before anybody can read; a read-only connection
-        # could not
+        # A journal that a crash left must be rolled back first, which a read-only connection could not
         mode = "rw" if os.path.exists(self.path + "-journal") else "ro"
         uri = _uri(Path(self.path), mode)
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=2)) as connection:
@@ -3513,8 +3503,7 @@ class SQLite:
                 raise StoreUnavailable("the database is closed")
             if not self.files.are_untouched():
                 self.check()
-            # A deferred transaction that reads first gets SQLITE_BUSY at its first write, whatever the
-            # timeout
+            # A deferred one that reads first gets SQLITE_BUSY at its first write, whatever the timeout
             connection.execute("BEGIN IMMEDIATE")
             yield Session(connection)
             connection.execute("COMMIT")
@@ -3807,8 +3796,7 @@ class _Checkpoints:
 
 
 def _without_checkpoint(connections: list) -> list:
-    """Those of the connections that can be closed without moving the WAL into the main file; the others stay
-    open."""
+    """Those that can be closed without moving the WAL into the main file; the others stay open."""
     for connection in connections:
         if hasattr(connection, "setconfig"):            # Python 3.12
             connection.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
@@ -3821,8 +3809,7 @@ def _without_checkpoint(connections: list) -> list:
 # -- SQLite: reads in short steps
 
 class _TableScan:
-    """Walks along the table in the order of ids: each read looks at a bounded number of rows, whether they
-    fit or not."""
+    """Walks along the table in order of id: each read looks at so many rows at most, fitting or not."""
     SELECT = f"SELECT {', '.join(COLUMNS)}, id FROM appointment_events"
     WINDOW = 5000                   # rows that one read looks at: some 5 ms
     WINDOW_END = "SELECT id FROM appointment_events WHERE id > ? ORDER BY id LIMIT 1 OFFSET ?"
@@ -3943,8 +3930,7 @@ def _fetched(cursor: sqlite3.Cursor) -> tuple:
 
 
 def _uri(path: PurePath, mode: str) -> str:
-    """The file as SQLite takes it. //server/share of Windows must not become the URI's host, which SQLite
-    refuses."""
+    """The file as SQLite takes it: it refuses a URI with a host, as Windows' //server/share would become."""
     uri = path.as_uri()
     if not uri.startswith("file:///"):
         uri = "file:////" + uri[len("file://"):]
@@ -3971,14 +3957,15 @@ def _unavailable(error: Exception, path: str) -> StoreUnavailable:
 def _reason(error: Exception, path: str) -> str:
     """An error of SQLite or the system about the database `path` in an operator's words, with what to do."""
     text = reason_of(error)
-    vague = {"unable to open database file": "it cannot be opened", "Permission denied": text,
-             "attempt to write a readonly database": "it is read-only for this user", "Too many open files": text}
+    vague = {"unable to open database file": "it cannot be opened",
+             "attempt to write a readonly database": "it is read-only for this user",
+             "Permission denied": text, "Too many open files": text}
     if text in vague:
         return _obstacle(path) or vague[text]
     hints = {"database disk image is malformed": DAMAGED,
              "file is not a database": "the file is not a SQLite database; it was not changed",
-             "disk I/O error": "the system could not read or write the file (disk I/O error): look at the disk "
-                               "and at limits of file size (ulimit -f)",
+             "disk I/O error": "the system could not read or write the file (disk I/O error): look at the "
+                               "disk and at limits of file size (ulimit -f)",
              "database or disk is full": "the disk is full"}
     return hints.get(text, text)
 
@@ -4008,8 +3995,7 @@ def _refuse_left_wal(path: str, problem: str) -> None:
 
 
 def _problem_of_index(connection: sqlite3.Connection) -> str:
-    """What quick_check does not find: with an older main file some pages of the index or of its table are
-    missing."""
+    """What quick_check does not find: pages of the index or the table are missing from an older main file."""
     counts = {connection.execute(f"SELECT count(*) FROM appointment_events {how}").fetchone()[0]
               for how in ("NOT INDEXED", "INDEXED BY idx_appointment_timestamp")}
     if len(counts) > 1:
@@ -4180,8 +4166,7 @@ def _quoted(name: str) -> str:
 
 
 def _copy_beside(source: sqlite3.Connection, path: str, ending: str) -> str:
-    """Copy a database into a new file beside it. Returns its path, once it is on disk. Raises OSError or
-    sqlite3.Error."""
+    """Copy a database beside itself. Returns the path, once all is on disk. Raises OSError, sqlite3.Error."""
     part = f"{path}.{ending}.part"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(part)                                 # of a copy that was interrupted
@@ -4282,14 +4267,12 @@ class Submission:
     result: Any = None
 
     def done(self, outcome: Outcome) -> None:
-        """Tell whoever waits, on whatever thread found the outcome. Must not block, nor wait for the
-        store."""
+        """Tell who waits, on the thread that found the outcome. Must not block, nor wait for the store."""
         raise NotImplementedError
 
 
 class _Waiting(Submission):
-    """A submission whose submitter waits in its own thread; without event and work it only marks its
-    place."""
+    """A submission whose submitter waits for it; without event and work it only marks its place."""
     __slots__ = ("digest", "work", "result", "_outcome", "_ready")
 
     def __init__(self, event: Optional[AppointmentEvent] = None, digest: Optional[bytes] = None,
@@ -4307,8 +4290,7 @@ class _Waiting(Submission):
 
 
 class _Conflict(Submission):
-    """The work of keeping what turned out to differ from the stored event when its sender could not be
-    answered yet."""
+    """The work of keeping what turned out, after the commit, to differ from the stored event."""
     __slots__ = ("work", "result", "_then", "_outcome")
 
     def __init__(self, event: AppointmentEvent, event_id: int, digest: bytes,
@@ -4506,7 +4488,7 @@ class Store:
             if self._stopped:
                 return
             self._stopped = True
-            self._busy_timeout = 0.0                    # who stops us has given senders time to wait for a lock
+            self._busy_timeout = 0.0            # who stops us has given senders time to wait for a lock
             if self._writer.ident is not None:
                 self.settle()                           # what is being compared may still need the writer
                 self._stopping.set()
@@ -5191,8 +5173,7 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS",
 RETRY_AFTER = {"Retry-After": "1"}
 
 # RFC 9110 section 5.6.2 and RFC 9112 sections 3 and 5, byte for byte: no folding, no space before the colon,
-# no bare CR or LF, no NUL or other control but TAB in a value. A head is read as latin-1, so that a byte is a
-# character.
+# no bare CR or LF, no control but TAB in a value. A head is read as latin-1, so that a byte is a character.
 _TCHAR = "[!#$%&'*+.^_`|~0-9A-Za-z-]"
 _VALUE = "[\t\x20-\x7e\x80-\xff]*"
 _REQUEST_LINE = re.compile(f"({_TCHAR}+) ([\x21-\x7e]+) HTTP/([0-9])\\.([0-9])")
@@ -5235,8 +5216,7 @@ class Refusal(Exception):
 
 
 class Malformed(Refusal):
-    """A request that cannot be read: nobody can tell where the next one would begin, so the connection
-    ends."""
+    """A request that cannot be read: nobody knows where the next one would begin, so the connection ends."""
     close = True
 
 
@@ -5256,8 +5236,7 @@ class Limits(NamedTuple):
 
 
 class Head:
-    """The head of a request: what its request line and fields say; of one that could not be read, as much as
-    was."""
+    """What the request line and the fields of a request say; of one that could not be read, what could."""
     method = target = path = "-"
     query = ""
     http11 = True
@@ -5346,8 +5325,7 @@ def _parse_fields(lines: str, head: Head, limits: Limits) -> None:
 
 
 def _parse_framing(head: Head, limits: Limits) -> None:
-    """Length of the body (RFC 9112 section 6): where two readers may disagree on it, smuggling begins, so
-    refuse."""
+    """Length of the body (RFC 9112 section 6). Where readers may disagree on it smuggling begins: refuse."""
     length, coding = head.fields.get("content-length"), head.fields.get("transfer-encoding")
     if coding is not None:
         if length is not None:
@@ -5391,8 +5369,7 @@ def _parse_host(head: Head) -> None:
 
 
 class ChunkedBody:
-    """Decoder of a chunked body (RFC 9112 section 7.1): feed() bytes until `rest` is not None: it is what
-    follows."""
+    """Decoder of a chunked body (RFC 9112 section 7.1): feed() bytes until `rest`, what follows, is there."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -5477,8 +5454,7 @@ def parse_query(query: str, known: Iterable) -> dict:
 
 
 def wanted_type(accept: str, offered: Iterable) -> Optional[str]:
-    """The offered media type that an Accept header likes best (RFC 9110 section 12.5.1); None if it takes
-    none."""
+    """The media type that an Accept header likes best (RFC 9110 section 12.5.1); None if it takes none."""
     weights: dict = {}
     for part in (accept or "*/*").lower().split(","):
         pattern, *parameters = (piece.strip() for piece in part.split(";"))
@@ -5495,8 +5471,7 @@ def wanted_type(accept: str, offered: Iterable) -> Optional[str]:
 
 
 class Response:
-    """An answer: status, body (bytes, or an iterator of bytes that is streamed) and what the log notes of
-    it."""
+    """An answer: status, body (bytes, or an iterator of them to be streamed) and what the log notes of it."""
     __slots__ = ("status", "body", "content_type", "fields", "note", "event_id", "close", "level")
 
     def __init__(self, status: int, body: Any, content_type: str = "application/json",
@@ -5525,8 +5500,7 @@ def json_response(document: dict, status: int = 200, **parts: Any) -> Response:
 
 
 def encode(response: Response, head: Head, request_id: str, date: str, fields: dict, close: bool) -> bytes:
-    """The bytes of an answer to the request with `head`, its body included unless that is streamed or not
-    wanted."""
+    """The bytes of an answer to the request with `head`; with its body, if not streamed or not wanted."""
     lines = [f"HTTP/1.1 {response.status} {REASONS[response.status]}", "Server: webhook-server",
              f"Date: {date}"]
     if response.status != 204:
@@ -5553,8 +5527,7 @@ def http_date(seconds: int) -> str:
 
 
 class RequestIds:
-    """Ids of requests: UTC with microseconds, strictly increasing, so unique and sortable within a
-    process."""
+    """Ids of requests: UTC with microseconds, strictly increasing, so unique and sortable in a process."""
 
     def __init__(self, now: Callable[[], int] = time.time_ns) -> None:
         self._now = now
@@ -5663,7 +5636,7 @@ class Request(Submission):
 
 
 class Reading:
-    """One read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent."""
+    """A read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent."""
 
     def __init__(self, store: Store, heavy: Turns, wanted: Filter, after: int) -> None:
         self._store, self._heavy, self._wanted, self._after = store, heavy, wanted, after
@@ -5883,8 +5856,7 @@ class Endpoints:
         return (text % (self.date(), length + len(number), request.id, request.id, number)).encode()
 
     def _stored_template(self) -> tuple:
-        """(answer to a stored event with holes for date, length, request id twice and event id; length
-        without the id)."""
+        """(answer with holes for date, length, request id twice and event id; length without that id)."""
         response = stored_response("@id" + " " * 23, "@number")         # an id has 26 characters
         text = encode(response, Head(), "@id", "@date", {}, False).decode().replace("%", "%%")
         length = len(response.body)
@@ -5904,7 +5876,7 @@ class Endpoints:
         return response
 
     def failed(self, request: Request, error: Exception) -> Response:
-        """The answer to an exception: a Refusal's own, 503 when the store cannot work now, else a bug's 500."""
+        """The answer to an exception: a Refusal's own, 503 if the store cannot work now, else a bug's 500."""
         if isinstance(error, Refusal):
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
@@ -6053,7 +6025,7 @@ class Ruling:
 
 
 class Rules:
-    """What an operator may change while we run: the contract, who may reach us. Made and exchanged as a whole."""
+    """What an operator may change while we run: the contract, who may reach us. Exchanged as a whole."""
 
     def __init__(self, config: Config, contract: Contract, schema_text: bytes, redactor: Redactor,
                  endpoints: Endpoints, loopback: bool) -> None:
@@ -6127,7 +6099,7 @@ class Rules:
                            not ruling.answer_fields)
 
     def _check_site(self, ruling: Ruling) -> None:
-        """Refuse pages of other sites (Origin, Fetch Metadata), and names that others point at this machine."""
+        """Refuse pages of other sites (Origin, Fetch Metadata), and names that others point at us."""
         head, host = ruling.head, ruling.head.host
         if host and not self._is_ours(host):
             raise _forbidden("The Host {} is not served here", "--allowed-host adds one", host)
@@ -6203,8 +6175,7 @@ NO_RULING = Ruling(Head())      # of a request whose head could not be read
 # 3. Only the own thread closes a socket, when nothing is owed any more, as the number of a closed one is
 #    given away anew.
 
-# Windows has no non-blocking send on a blocking socket: there each connection's thread waits for its own
-# answers
+# Windows has no non-blocking send on a blocking socket: there each connection's thread sends its answers
 SENDS_AT_ONCE = hasattr(socket, "MSG_DONTWAIT")
 SEND_AT_ONCE = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 PIECE = 65536           # bytes of one recv, and of one piece of an answer: what a socket takes at once
@@ -6230,7 +6201,7 @@ class Phase:
 
 
 class Budget:
-    """How much of something may be in use at once: `most` in all, and for one address `each`, or half of it."""
+    """How much of something may be in use at once: `most` in all, for one address `each`, or half of it."""
 
     def __init__(self, most: int, each: int = 0) -> None:
         self.used = 0
@@ -6285,8 +6256,7 @@ class Outbox:
         return 0.0 < self._late_since < now - seconds
 
     def send(self, data: bytes) -> None:
-        """Called by who commits: send a promised answer without blocking; a thread of its own sends what does
-        not fit."""
+        """Called by who commits: send a promised answer, what does not fit by a thread; never blocks."""
         if self._late is None:
             try:
                 sent = self._connection.socket.send(data, SEND_AT_ONCE)
@@ -6304,8 +6274,7 @@ class Outbox:
             settled.release()
 
     def settle(self) -> None:
-        """Wait until all that is owed was sent. Called by the thread that reads, so nothing more is promised
-        meanwhile."""
+        """Wait until all that is owed was sent. For the thread that reads: nothing is promised meanwhile."""
         if self.sent != self.promised:
             settled = threading.Lock()
             settled.acquire()
@@ -6412,8 +6381,7 @@ class Poller:
                     self._endpoints.log.exception("Unexpected error while events were committed")
 
     def _take(self, connection: Connection, data: bytes, group: list) -> bool:
-        """Put the one ordinary event in `data` into the group, or refuse it; False when there is anything
-        else in it."""
+        """Put the one ordinary event in `data` into the group, or refuse it; False for anything else."""
         endpoints, outbox = self._endpoints, connection.outbox
         end = data.find(b"\r\n\r\n") + 4
         if not 3 < end <= HEAD_KEPT_BYTES:
@@ -6475,8 +6443,7 @@ class Inbox:
         return self.recv()
 
     def hand_over(self, data: bytes) -> None:
-        """Called by the poller: have wait() go on with `data` in the connection's thread; b"" when the peer
-        has ended."""
+        """Called by the poller: have wait() go on with `data`, b"" when the peer has ended."""
         self._handed = data
         self._parked.release()
 
@@ -6510,8 +6477,7 @@ class Inbox:
             return b""
 
     def recv_in_turn(self) -> bytes:
-        """As recv, for what may be much: a hundred threads that each get a piece now would all want the
-        interpreter."""
+        """As recv, for what may be much: a hundred threads with a piece each would want the interpreter."""
         if not SENDS_AT_ONCE:
             return self.recv()
         poll = select.poll()
@@ -6640,8 +6606,7 @@ class Connection(BaseHTTPRequestHandler):
                 self.server.lingering.give(self.address, 1)
 
     def finish(self) -> None:
-        """Called once after handle(), before the socket's number is given to another: nobody wants to send any
-        more."""
+        """Called after handle(), before the socket's number is given to another: nobody sends any more."""
         try:
             self.outbox.settle()
         finally:
@@ -6710,8 +6675,8 @@ class Connection(BaseHTTPRequestHandler):
     # -- answering
 
     def deliver(self, request: Request, outcome: Outcome) -> None:
-        """Called by who has committed or refused an event: send and log its promised answer. Never blocks on a
-        socket, never raises.
+        """Called by who has committed or refused an event: send and log its promised answer. Never blocks on
+        a socket, never raises.
 
         Hot path: waking 64 threads, each to send its own answer, would halve the rate; the disk would not.
         """
@@ -6782,8 +6747,7 @@ class Connection(BaseHTTPRequestHandler):
         return True
 
     def _linger(self) -> None:
-        """Let the peer finish sending (RFC 9112 section 9.6): closing on unread bytes would destroy our
-        answer."""
+        """Let the peer finish sending (RFC 9112 section 9.6): a close on unread bytes destroys our answer."""
         self.enter(Phase.LINGER)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
@@ -6797,8 +6761,7 @@ class Connection(BaseHTTPRequestHandler):
     # -- ending, called on other threads
 
     def expire(self, now: float, limits: dict) -> None:
-        """Called by the clock: end what has waited longer than limits[phase]. Its own thread then answers or
-        closes."""
+        """Called by the clock: end what has waited longer than limits[phase]; its thread closes."""
         phase, deaf = self.phase, self.outbox.is_stuck(now, limits[Phase.SEND])
         if deaf or phase in limits and now - self.since > limits[phase]:
             self.timed_out = True                       # again and again: who was slow may be deaf as well
@@ -7524,8 +7487,8 @@ SWITCH_SECONDS = 0.001
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of Config, in its groups."""
-    group: Any = parser.add_argument_group("settings", "Each can also come from the environment, --busy-timeout "
-                                           "as\nWEBHOOK_BUSY_TIMEOUT; a flag wins.")
+    group: Any = parser.add_argument_group("settings", "Each can also come from the environment, "
+                                           "--busy-timeout as\nWEBHOOK_BUSY_TIMEOUT; a flag wins.")
     for field in dataclasses.fields(Config):
         about = field.metadata
         if about["group"]:
@@ -7638,7 +7601,8 @@ def check_text(contract: Contract, data: bytes) -> Iterator[tuple]:
         return
     items = [(1 + text[:len(text) - len(text.lstrip())].count("\n"), "", value)]
     if isinstance(value, list):
-        items = [(line, f"/{index}", item) for index, (item, line) in enumerate(zip(value, _item_lines(text)))]
+        lines = _item_lines(text)
+        items = [(line, f"/{index}", item) for index, (item, line) in enumerate(zip(value, lines))]
     for line, place, item in items:
         for problem in _problems(contract, item):
             yield line, place + problem.path, problem.message
@@ -7856,7 +7820,8 @@ class BenchLoad:
     """
     PATIENCE = 10                       # seconds without any answer, after which the rest counts as failed
 
-    def __init__(self, opened: contextlib.ExitStack, address: Any, heads_differ: bool, connections: int) -> None:
+    def __init__(self, opened: contextlib.ExitStack, address: Any, heads_differ: bool,
+                 connections: int) -> None:
         """Connect, until `opened` is left. Raises SetupError."""
         self.times: list = []
         self.failed, self.seconds = 0, 1.0
@@ -7974,7 +7939,8 @@ def run_command(arguments: list) -> int:
         arguments.insert(0, "serve")
     names = [command.name for command in COMMANDS]
     if arguments[0] not in (*names, "--version"):
-        raise SetupError(f"there is no command {arguments[0] or repr('')}; {did_you_mean(arguments[0], names)}")
+        said = arguments[0] or repr("")
+        raise SetupError(f"there is no command {said}; {did_you_mean(arguments[0], names)}")
     try:
         options, unknown = make_parser().parse_known_args(arguments)
     except SystemExit as done:                          # argparse has printed help or version
