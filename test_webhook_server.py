@@ -7772,12 +7772,13 @@ class EmbeddingTest(RunningTest):
                 self.assertEqual(our_threads(), [])
                 self.assertNotIn("Service stopped", (self.folder / "server.log").read_text())
                 self.assertEqual(open_files(), before)
-        for part, name, error in ((receiver.select, "epoll", OSError(errno.EMFILE, "Too many open files")),
-                                  (WebhookServer, "_contents", StoreUnavailable("Too many open files"))):
+        full = OSError(errno.EMFILE, "Too many open files")
+        for part, name, error in ((receiver.select, "epoll", full), (receiver.selectors, "DefaultSelector", full),
+                                  (WebhookServer, "_contents", receiver._unavailable(full, str(self.database)))):
             with self.subTest(fails=name), mock.patch.object(part, name, side_effect=error, create=True), \
                     mock.patch.object(receiver, "SENDS_AT_ONCE", True):
-                self.assertRaisesRegex(SetupError, "cannot start: Too many open files",
-                                       WebhookServer(self.config()).start)
+                words = "cannot start: Too many open files" + r": raise .*\(ulimit -n\)" * isinstance(error, OSError)
+                self.assertRaisesRegex(SetupError, words, WebhookServer(self.config()).start)
                 self.assertEqual((our_threads(), open_files()), ([], before))
         with WebhookServer(self.config(), on_event=print) as server:
             self.assertEqual(self.call(server, path="/health").status, 200)

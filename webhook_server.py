@@ -122,6 +122,12 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def advised_reason_of(error: BaseException) -> str:
+    """reason_of(), and what the operator can do where the limit of open files is the reason."""
+    is_limit = getattr(error, "errno", None) == errno.EMFILE
+    return reason_of(error) + ": raise the limit of open files (ulimit -n)" * is_limit
+
+
 # =============================================================================
 # Config: every setting once; flags, environment, --help and defaults come from it. Knows none of its users.
 # =============================================================================
@@ -3975,7 +3981,7 @@ def _obstacle(path: str) -> str:
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
-        return f"{reason_of(error)}: raise the limit of open files (ulimit -n)"
+        return advised_reason_of(error)
     real = os.path.realpath(path)
     for name in (real, real + "-wal", real + "-shm", os.path.dirname(real)):
         may = os.access(name, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
@@ -6802,6 +6808,7 @@ class Server(ThreadingHTTPServer):
         self.lingering = Budget(LINGERING)
         self._places = Budget(config.max_connections, config.max_connections_per_address)
         self.poller: Optional[Poller] = None
+        self._selector: Optional[selectors.BaseSelector] = None
         self._lock = threading.Lock()
         self._connections: set = set()
         self._refused: deque = deque()                  # (when to close it, socket)
@@ -6861,12 +6868,13 @@ class Server(ThreadingHTTPServer):
         """Accept from now on, in threads of our own; expire() has to be called every REAP_SECONDS."""
         if SENDS_AT_ONCE and getattr(select, "epoll", None):            # Linux
             self.poller = Poller(self)
+        self._selector = selectors.DefaultSelector()    # made in the thread, it would fail where nobody hears
         self._accepting.start()
 
     # -- accepting
 
     def _accept(self) -> None:
-        with selectors.DefaultSelector() as selector:
+        with self._selector as selector:
             for listener in self.listeners:
                 listener.setblocking(False)
                 selector.register(listener, selectors.EVENT_READ)
@@ -6886,8 +6894,7 @@ class Server(ThreadingHTTPServer):
             connection, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._tell_full(f"cannot accept connections: {error.strerror}; raise the limit of open files "
-                                "(ulimit -n)")
+                self._tell_full(f"cannot accept connections: {advised_reason_of(error)}")
                 time.sleep(0.05)                        # the connection stays in the queue; do not spin on it
             return error.errno == errno.ECONNABORTED    # that one is gone, more may wait
         connection.setblocking(True)
@@ -7024,6 +7031,8 @@ class Server(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Close the listeners."""
+        if self._selector is not None:
+            self._selector.close()
         for listener in self.listeners:
             listener.close()
         self._wake_sender.close()
@@ -7041,7 +7050,7 @@ def _why_not_listening(error: Exception) -> str:
         return "no network interface of this machine has that address; 0.0.0.0 is all of them"
     if isinstance(error, socket.gaierror):
         return f"that name leads to no address ({error.strerror})"
-    return getattr(error, "strerror", None) or str(error)
+    return advised_reason_of(error)
 
 
 # =============================================================================
@@ -7319,7 +7328,7 @@ class WebhookServer:
                 self._running.close()
                 # The system gives no more threads or files
                 if isinstance(error, (RuntimeError, OSError, StoreUnavailable)):
-                    raise SetupError(f"cannot start: {reason_of(error)}") from None
+                    raise SetupError(f"cannot start: {advised_reason_of(error)}") from None
                 raise
         return self
 
