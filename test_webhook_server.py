@@ -52,7 +52,7 @@ except ImportError:             # Windows
 HERE = Path(__file__).absolute().parent
 PROGRAM = HERE / "webhook_server.py"
 PATH = "/webhook/appointments"
-WAIT = 180                      # seconds after which something awaited counts as not coming: a machine may be busy
+WAIT = 180                     # seconds after which something awaited counts as not coming: a machine may be busy
 POSIX = os.name == "posix"
 
 
@@ -2125,6 +2125,14 @@ class SQLiteTest(EngineTest):
         outcomes = write(engine, [stored_event(1), stored_event(2, notes="no"), stored_event(3)])
         self.assertEqual([one.kind for one in outcomes], ["stored", "failed", "stored"])
 
+    def test_a_trigger_that_ends_the_transaction_leaves_no_event_stored_that_is_answered_otherwise(self):
+        engine = self.engine()
+        write_rows(self.database, "CREATE TRIGGER t BEFORE INSERT ON appointment_events WHEN NEW.notes = 'no' "
+                   "BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
+        with self.assertRaises(StoreUnavailable):
+            write(engine, [stored_event(1), stored_event(2, notes="no"), stored_event(3)])
+        self.assertEqual(rows(self.database), 0)
+
     def test_the_connections_share_one_bound_of_memory(self):
         engine = self.engine()
         read(engine, Filter(), 0, 1)
@@ -2489,6 +2497,19 @@ class FilesTest(EngineTest):
                 self.doCleanups()
                 self.setUp()
 
+    def test_a_database_that_is_begun_anew_beside_saved_ones_tells_of_the_newest(self):
+        self.engine().close()
+        for name, age in (("events.db.saved", 60), ("events.db.saved-2", 0)):
+            shutil.copy2(self.database, self.folder / name)
+            os.utime(self.folder / name, (time.time() - age,) * 2)
+        engine = self.engine()
+        self.assertEqual(engine.notes, [])
+        engine.close()
+        self.database.unlink()
+        note, = self.engine().notes
+        self.assertIn(f"{self.database} was begun although {self.database}.saved-2 is there", note)
+        self.doCleanups()
+
     @unittest.skipUnless(POSIX, "Windows truncates no open file")
     def test_a_wal_or_shm_that_was_written_over_is_noticed(self):
         for command, left in (("truncate -s 0 events.db-wal", 25), ("cp old.db events.db-wal", 25),
@@ -2569,9 +2590,13 @@ class FilesTest(EngineTest):
             for call in (lambda: write(engine, [stored_event(1)]), lambda: read(engine, Filter(), 0, 1)):
                 with self.assertRaisesRegex(StoreUnavailable, "^Input/output error$"):
                     call()
-            engine.tend()
+            self.assertFalse(engine.tend())
             engine.checkpoints.make()
         self.assertEqual(kinds(write(engine, [stored_event(1)])), [("stored", 1)])
+        self.assertTrue(engine.tend())
+        with mock.patch.object(receiver.os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
+            self.assertEqual(engine.close(), "Input/output error")
+        self.assertEqual(self.engine().count(), 1)
 
 
 class LeftWALTest(EngineTest):
@@ -2639,6 +2664,10 @@ os.kill(os.getpid(), signal.SIGKILL)
             text = self.refused("events.db is missing")
             self.assertTrue(text.endswith(f"what was in use last is in {self.database}.saved"), text)
             self.assertFalse(self.database.exists())
+        link, self.database = self.database, self.folder / "link.db"
+        os.symlink(link, self.database)                 # what is to be moved lies beside the file itself
+        self.refused("move events.db-wal and events.db-shm away")
+        self.database = link
         os.rename(self.folder / "events.db.saved", self.database)
         self.assertEqual(self.engine().count(), 10)
 
@@ -3427,6 +3456,21 @@ class StoreTest(EngineTest):
                 mock.patch.stopall()
                 self.assertEqual(until(lambda: not store._lanes._held), True)
 
+    def test_each_of_several_large_contents_in_one_lane_is_compared_and_kept(self):
+        store = self.store()
+        store.add(large(1))
+        begun, go_on = self.comparing(store)
+        lane = [Asked(large(1, text), lane="a") for text in "yz"]
+        for one in lane:
+            store.submit(one)
+        self.assertTrue(begun.wait(WAIT))
+        store.add(stored_event(2))                      # so the second one is behind the first
+        go_on.set()
+        store.settle()
+        until(lambda: lane[1].outcomes)
+        self.assertEqual([one.outcomes for one in lane], [[Outcome("duplicate", 1, False)]] * 2)
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 2)
+
     def test_settle_waits_for_comparisons_and_for_all_behind_them(self):
         store, told = self.store(), []
         store.add(large(1))
@@ -3654,6 +3698,57 @@ class StoreTest(EngineTest):
             until(lambda: not store._refusal)
             self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
 
+    def test_who_has_not_waited_long_when_a_lock_opens_the_breaker_is_refused_with_the_others_in_order(self):
+        with mock.patch.object(receiver, "LOCK_COUNTS", 0):
+            told = []
+            store = self.store(WAIT, started=False,
+                               on_trouble=lambda text: told or store.submit(*asked(3, told=told)))
+            store._breaker, other = receiver.Breaker(FakeClock()), self.locked()
+            for _ in range(4):
+                store._breaker.failed()
+            store.submit(*asked(1, arrived=time.monotonic() - WAIT - 1, told=told))
+            store.submit(*asked(2, told=told))
+            store.start()
+            until(lambda: len(told) == 3)
+            self.assertEqual(told, [(f"APT-{number}", "failed") for number in (1, 2, 3)])
+            other.close()
+
+    def test_a_try_whose_rehearsal_fails_does_not_close_the_breaker(self):
+        store, now, broken = self.opened()
+        write_rows(self.database, "CREATE TRIGGER t BEFORE INSERT ON appointment_events BEGIN SELECT missing; END")
+        broken.stop()
+        tries = self.transactions(store)
+        now.time += 1.01
+        until(lambda: tries.call_count)
+        until(lambda: store._breaker.state != "half-open")
+        self.assertEqual((store._breaker.state, store.add(stored_event(1)).kind), ("open", "failed"))
+
+    # -- trouble with the files that nobody's event meets
+
+    def test_trouble_that_comes_to_light_once_senders_have_their_answers_is_told_at_once(self):
+        self.all_quick()
+        troubles = []
+        store = self.store(on_trouble=troubles.append)
+        one, = asked(1)
+        one.done = lambda outcome: os.rename(self.folder / "events.db-wal", self.folder / "away")
+        store.lead([one])
+        self.assertIn("events.db-wal was moved", until(lambda: troubles)[0])
+
+    def test_trouble_that_only_the_stop_meets_is_told_once(self):
+        for told_before in (False, True):
+            with self.subTest(told_before):
+                troubles = []
+                store = self.store(on_trouble=troubles.append)
+                store.engine.checkpoints.loop.stop()
+                self.database.unlink()
+                if told_before:
+                    self.assertEqual(store.add(stored_event(1)).kind, "failed")
+                store.stop()
+                text, = troubles
+                self.assertIn(f"was deleted or replaced while it is in use; all that was stored is in {self.database}", text)
+                for path in self.folder.iterdir():
+                    path.unlink()
+
     # -- the end
 
     def test_a_stop_commits_all_that_was_submitted_and_closes_the_engine_once(self):
@@ -3822,6 +3917,21 @@ class MigrationTest(EngineTest):
         self.assertEqual(self.engine().notes, [])
         self.assertEqual(list(self.folder.glob("*.part")), [])
 
+    def test_what_an_interrupted_copy_left_is_in_nobodys_way_and_a_copy_gets_its_name_once_it_is_on_disk(self):
+        self.seed(self.old(1))
+        part = self.folder / "events.db.before-migration.part"
+        part.write_text("cut")
+        done = mock.Mock(fsync=mock.Mock(wraps=os.fsync), rename=mock.Mock(wraps=os.rename))
+        with mock.patch.multiple(receiver.os, fsync=done.fsync, rename=done.rename):
+            self.engine()
+        self.assertEqual([call[0] for call in done.mock_calls][:2], ["fsync", "rename"])
+        self.assertFalse(part.exists())
+
+    def test_an_id_that_only_a_row_moved_aside_had_is_not_given_again(self):
+        self.seed(self.old(1), self.old(2, appointment_id="APT-1", timestamp="2025-01-10T15:00:00+01:00"),
+                  table=PLAIN_TABLE.replace(" AUTOINCREMENT", ""))
+        self.assertEqual(kinds(write(self.engine(), [stored_event(3)])), [("stored", 3)])
+
     def test_without_room_for_the_copy_nothing_is_changed(self):
         self.seed(self.old(1))
         before = files(self.folder)
@@ -3927,6 +4037,8 @@ class MigrationTest(EngineTest):
                  "os.kill(os.getpid(), signal.SIGKILL)")
         subprocess.run([sys.executable, "-c", crash, str(self.database)], check=False)
         self.assertTrue((self.folder / "events.db-journal").exists())
+        os.symlink(self.database, self.folder / "link.db")
+        self.database = self.folder / "link.db"         # the journal lies beside the file itself
         self.assertEqual([one.id for one in read(self.engine(), Filter(), 0, 10)], [1])
 
 
