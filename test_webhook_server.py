@@ -3782,17 +3782,19 @@ class StoreTest(EngineTest):
         self.assertIn("events.db-wal was moved", until(lambda: troubles)[0])
 
     def test_trouble_that_only_the_stop_meets_is_told_once(self):
-        for told_before in (False, True):
-            with self.subTest(told_before):
+        for failures, told in ((0, 1), (1, 1), (5, 2)):         # the breaker that opens is told besides
+            with self.subTest(failures=failures):
                 troubles = []
                 store = self.store(on_trouble=troubles.append)
                 store.engine.checkpoints.loop.stop()
                 self.database.unlink()
-                if told_before:
+                for _ in range(failures):
                     self.assertEqual(store.add(stored_event(1)).kind, "failed")
+                until(lambda: failures < 5 or store._refusal)
                 store.stop()
-                text, = troubles
-                self.assertIn(f"was deleted or replaced while it is in use; all that was stored is in {self.database}", text)
+                self.assertEqual(len(troubles), told)
+                self.assertIn(f"was deleted or replaced while it is in use; all that was stored is in {self.database}",
+                              troubles[0])
                 for path in self.folder.iterdir():
                     path.unlink()
 
