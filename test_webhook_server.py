@@ -52,7 +52,7 @@ except ImportError:             # Windows
 HERE = Path(__file__).absolute().parent
 PROGRAM = HERE / "webhook_server.py"
 PATH = "/webhook/appointments"
-WAIT = 180                      # seconds after which something awaited counts as not coming: a machine may be busy
+WAIT = 180                     # seconds after which something awaited counts as not coming: a machine may be busy
 POSIX = os.name == "posix"
 
 
@@ -1949,6 +1949,7 @@ class SQLiteTest(EngineTest):
         self.assertEqual(rows(self.database, "PRAGMA journal_mode"), "wal")
         self.assertEqual(rows(self.database, "PRAGMA user_version"), 2)
         self.assertEqual(engine.writer.execute("PRAGMA synchronous").fetchone()[0], 2)
+        self.assertEqual(engine.writer.execute("PRAGMA journal_size_limit").fetchone()[0], SQLite.WAL_BYTES)
         if POSIX:
             self.assertEqual(self.database.stat().st_mode & 0o077, 0)
 
@@ -2124,6 +2125,21 @@ class SQLiteTest(EngineTest):
                    "BEGIN SELECT RAISE(IGNORE); END")
         outcomes = write(engine, [stored_event(1), stored_event(2, notes="no"), stored_event(3)])
         self.assertEqual([one.kind for one in outcomes], ["stored", "failed", "stored"])
+
+    def test_a_trigger_that_would_let_a_duplicate_replace_the_stored_event_is_trouble(self):
+        engine = self.engine()
+        write_rows(self.database, "CREATE TRIGGER t BEFORE INSERT ON appointment_events BEGIN DELETE FROM "
+                   "appointment_events WHERE appointment_id = NEW.appointment_id; END")
+        with self.assertRaisesRegex(StoreUnavailable, "duplicates would be stored"):
+            probe(engine)
+
+    def test_a_trigger_that_ends_the_transaction_leaves_no_event_stored_that_is_answered_otherwise(self):
+        engine = self.engine()
+        write_rows(self.database, "CREATE TRIGGER t BEFORE INSERT ON appointment_events WHEN NEW.notes = 'no' "
+                   "BEGIN SELECT RAISE(ROLLBACK, 'no'); END")
+        with self.assertRaises(StoreUnavailable):
+            write(engine, [stored_event(1), stored_event(2, notes="no"), stored_event(3)])
+        self.assertEqual(rows(self.database), 0)
 
     def test_the_connections_share_one_bound_of_memory(self):
         engine = self.engine()
@@ -2489,6 +2505,19 @@ class FilesTest(EngineTest):
                 self.doCleanups()
                 self.setUp()
 
+    def test_a_database_that_is_begun_anew_beside_saved_ones_tells_of_the_newest(self):
+        self.engine().close()
+        for name, age in (("events.db.saved", 60), ("events.db.saved-2", 0)):
+            shutil.copy2(self.database, self.folder / name)
+            os.utime(self.folder / name, (time.time() - age,) * 2)
+        engine = self.engine()
+        self.assertEqual(engine.notes, [])
+        engine.close()
+        self.database.unlink()
+        note, = self.engine().notes
+        self.assertIn(f"{self.database} was begun although {self.database}.saved-2 is there", note)
+        self.doCleanups()
+
     @unittest.skipUnless(POSIX, "Windows truncates no open file")
     def test_a_wal_or_shm_that_was_written_over_is_noticed(self):
         for command, left in (("truncate -s 0 events.db-wal", 25), ("cp old.db events.db-wal", 25),
@@ -2534,17 +2563,52 @@ class FilesTest(EngineTest):
     def test_files_that_change_during_a_transaction_are_noticed_before_anybody_is_told(self):
         for command in ("rm events.db-wal", "cp old.db events.db", "mv events.db elsewhere",
                         "dd if=old-shm of=events.db-shm conv=notrunc status=none"):
-            with self.subTest(command):
-                engine = self.used()
-                self.shell("cp events.db-shm old-shm")
-                write(engine, [stored_event("after the copy")])
-                with self.assertRaises(StoreUnavailable):
-                    with engine.transaction() as session:
-                        session.insert([stored_event("new")])
-                        self.shell(command)
-                self.doCleanups()
-                self.setUp()
+            for quick in (False, True):                 # which look at the files notices
+                with self.subTest(command, quick=quick):
+                    engine = self.used()
+                    self.shell("cp events.db-shm old-shm")
+                    write(engine, [stored_event("after the copy")])
+                    if quick:
+                        until(lambda: engine.check() or engine.files.are_untouched())
+                    with self.assertRaises(StoreUnavailable):
+                        with engine.transaction() as session:
+                            session.insert([stored_event("new")])
+                            self.shell(command)
+                    self.doCleanups()
+                    self.setUp()
 
+    @unittest.skipUnless(POSIX, "Windows moves no open file")
+    def test_files_that_are_put_back_as_they_were_are_used_and_closed_as_if_nothing_had_been(self):
+        engine = self.used()
+        self.shell("mv events.db-wal elsewhere")
+        with self.assertRaises(StoreUnavailable):
+            write(engine, [stored_event("lost")])
+        self.shell("mv elsewhere events.db-wal")
+        self.assertEqual(kinds(write(engine, [stored_event(31)])), [("stored", 31)])
+        self.assertEqual(engine.close(), "")
+        self.assertEqual(sorted(files(self.folder)), ["events.db", "old.db"])
+        self.assertEqual(rows(self.database), 31)
+
+    @unittest.skipUnless(POSIX, "Windows deletes no open file")
+    def test_a_wal_without_a_name_that_a_reader_keeps_from_being_saved_is_not_said_to_be(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        other = subprocess.Popen([sys.executable, "-c", "import sqlite3; c = sqlite3.connect('events.db');"
+                                  "c.execute('BEGIN'); c.execute('SELECT * FROM appointment_events').fetchone();"
+                                  "print(flush=True); input()"],
+                                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=self.folder)
+        other.stdout.read(1)
+        engine.checkpoints.loop.stop()
+        write(engine, [stored_event(2)])
+        self.shell("rm events.db-wal")
+        with self.assertRaisesRegex(StoreUnavailable, "may be missing when the service is restarted"):
+            write(engine, [stored_event("lost")])
+        other.communicate(b"\n")
+        with mock.patch.object(engine.checkpoints, "_move", side_effect=sqlite3.OperationalError("disk is full")), \
+                self.assertRaisesRegex(StoreUnavailable, "may be missing when the service is restarted"):
+            write(engine, [stored_event("lost")])
+        with self.assertRaisesRegex(StoreUnavailable, "was saved into the database: restart"):
+            write(engine, [stored_event("lost")])
 
     @unittest.skipUnless(POSIX, "Windows deletes no open file")
     def test_a_wal_is_not_saved_over_a_database_that_another_program_has_begun_to_use_anew(self):
@@ -2569,9 +2633,13 @@ class FilesTest(EngineTest):
             for call in (lambda: write(engine, [stored_event(1)]), lambda: read(engine, Filter(), 0, 1)):
                 with self.assertRaisesRegex(StoreUnavailable, "^Input/output error$"):
                     call()
-            engine.tend()
+            self.assertFalse(engine.tend())
             engine.checkpoints.make()
         self.assertEqual(kinds(write(engine, [stored_event(1)])), [("stored", 1)])
+        self.assertTrue(engine.tend())
+        with mock.patch.object(receiver.os, "pread", side_effect=OSError(errno.EIO, "Input/output error")):
+            self.assertEqual(engine.close(), "Input/output error")
+        self.assertEqual(self.engine().count(), 1)
 
 
 class LeftWALTest(EngineTest):
@@ -2639,6 +2707,10 @@ os.kill(os.getpid(), signal.SIGKILL)
             text = self.refused("events.db is missing")
             self.assertTrue(text.endswith(f"what was in use last is in {self.database}.saved"), text)
             self.assertFalse(self.database.exists())
+        link, self.database = self.database, self.folder / "link.db"
+        os.symlink(link, self.database)                 # what is to be moved lies beside the file itself
+        self.refused("move events.db-wal and events.db-shm away")
+        self.database = link
         os.rename(self.folder / "events.db.saved", self.database)
         self.assertEqual(self.engine().count(), 10)
 
@@ -2744,6 +2816,9 @@ class CheckpointTest(EngineTest):
         with engine.transaction():
             pass
         engine.checkpoints.make()
+        engine.checkpoints._rest_is_due = True
+        with engine.transaction():
+            pass
         self.assertEqual(statements.count("PRAGMA wal_checkpoint(PASSIVE)"), 1)
         write(engine, [stored_event(2)])
         engine.checkpoints.make()
@@ -3427,6 +3502,21 @@ class StoreTest(EngineTest):
                 mock.patch.stopall()
                 self.assertEqual(until(lambda: not store._lanes._held), True)
 
+    def test_each_of_several_large_contents_in_one_lane_is_compared_and_kept(self):
+        store = self.store()
+        store.add(large(1))
+        begun, go_on = self.comparing(store)
+        lane = [Asked(large(1, text), lane="a") for text in "yz"]
+        for one in lane:
+            store.submit(one)
+        self.assertTrue(begun.wait(WAIT))
+        store.add(stored_event(2))                      # so the second one is behind the first
+        go_on.set()
+        store.settle()
+        until(lambda: lane[1].outcomes)
+        self.assertEqual([one.outcomes for one in lane], [[Outcome("duplicate", 1, False)]] * 2)
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 2)
+
     def test_settle_waits_for_comparisons_and_for_all_behind_them(self):
         store, told = self.store(), []
         store.add(large(1))
@@ -3565,6 +3655,7 @@ class StoreTest(EngineTest):
         troubles = []
         store, now, broken = self.opened(on_trouble=troubles.append)
         self.assertEqual(store.health(WAIT), "the disk is full")
+        tries = self.transactions(store)
         for number in range(3):                         # at once, on the thread that asks
             one, = asked(number)
             (store.lead if number else lambda group: store.submit(*group))([one])
@@ -3573,7 +3664,7 @@ class StoreTest(EngineTest):
             self.assertEqual(one.threads, [threading.current_thread()])
         with self.assertRaises(StoreUnavailable):
             store.do(lambda session: None)
-        tries = self.transactions(store)                # of what is broken
+        self.assertEqual(tries.call_count, 0)
         now.time += 1.01
         until(lambda: tries.call_count == 1)
         until(lambda: store._breaker.state == "open")
@@ -3653,6 +3744,59 @@ class StoreTest(EngineTest):
             now.time += 1.01
             until(lambda: not store._refusal)
             self.assertEqual(store.add(stored_event(1)), Outcome("stored", 1))
+
+    def test_who_has_not_waited_long_when_a_lock_opens_the_breaker_is_refused_with_the_others_in_order(self):
+        with mock.patch.object(receiver, "LOCK_COUNTS", 0):
+            told = []
+            store = self.store(WAIT, started=False,
+                               on_trouble=lambda text: told or store.submit(*asked(3, told=told)))
+            store._breaker, other = receiver.Breaker(FakeClock()), self.locked()
+            for _ in range(4):
+                store._breaker.failed()
+            store.submit(*asked(1, arrived=time.monotonic() - WAIT - 1, told=told))
+            store.submit(*asked(2, told=told))
+            store.start()
+            until(lambda: len(told) == 3)
+            self.assertEqual(told, [(f"APT-{number}", "failed") for number in (1, 2, 3)])
+            other.close()
+
+    def test_a_try_whose_rehearsal_fails_does_not_close_the_breaker(self):
+        store, now, broken = self.opened()
+        write_rows(self.database, "CREATE TRIGGER t BEFORE INSERT ON appointment_events BEGIN SELECT missing; END")
+        broken.stop()
+        tries = self.transactions(store)
+        now.time += 1.01
+        until(lambda: tries.call_count)
+        until(lambda: store._breaker.state != "half-open")
+        self.assertEqual((store._breaker.state, store.add(stored_event(1)).kind), ("open", "failed"))
+
+    # -- trouble with the files that nobody's event meets
+
+    def test_trouble_that_comes_to_light_once_senders_have_their_answers_is_told_at_once(self):
+        self.all_quick()
+        troubles = []
+        store = self.store(on_trouble=troubles.append)
+        one, = asked(1)
+        one.done = lambda outcome: os.rename(self.folder / "events.db-wal", self.folder / "away")
+        store.lead([one])
+        self.assertIn("events.db-wal was moved", until(lambda: troubles)[0])
+
+    def test_trouble_that_only_the_stop_meets_is_told_once(self):
+        for failures, told in ((0, 1), (1, 1), (5, 2)):         # the breaker that opens is told besides
+            with self.subTest(failures=failures):
+                troubles = []
+                store = self.store(on_trouble=troubles.append)
+                store.engine.checkpoints.loop.stop()
+                self.database.unlink()
+                for _ in range(failures):
+                    self.assertEqual(store.add(stored_event(1)).kind, "failed")
+                until(lambda: failures < 5 or store._refusal)
+                store.stop()
+                self.assertEqual(len(troubles), told)
+                self.assertIn(f"was deleted or replaced while it is in use; all that was stored is in {self.database}",
+                              troubles[0])
+                for path in self.folder.iterdir():
+                    path.unlink()
 
     # -- the end
 
@@ -3822,6 +3966,21 @@ class MigrationTest(EngineTest):
         self.assertEqual(self.engine().notes, [])
         self.assertEqual(list(self.folder.glob("*.part")), [])
 
+    def test_what_an_interrupted_copy_left_is_in_nobodys_way_and_a_copy_gets_its_name_once_it_is_on_disk(self):
+        self.seed(self.old(1))
+        part = self.folder / "events.db.before-migration.part"
+        part.write_text("cut")
+        done = mock.Mock(fsync=mock.Mock(wraps=os.fsync), rename=mock.Mock(wraps=os.rename))
+        with mock.patch.multiple(receiver.os, fsync=done.fsync, rename=done.rename):
+            self.engine()
+        self.assertEqual([call[0] for call in done.mock_calls][:2], ["fsync", "rename"])
+        self.assertFalse(part.exists())
+
+    def test_an_id_that_only_a_row_moved_aside_had_is_not_given_again(self):
+        self.seed(self.old(1), self.old(2, appointment_id="APT-1", timestamp="2025-01-10T15:00:00+01:00"),
+                  table=PLAIN_TABLE.replace(" AUTOINCREMENT", ""))
+        self.assertEqual(kinds(write(self.engine(), [stored_event(3)])), [("stored", 3)])
+
     def test_without_room_for_the_copy_nothing_is_changed(self):
         self.seed(self.old(1))
         before = files(self.folder)
@@ -3927,6 +4086,8 @@ class MigrationTest(EngineTest):
                  "os.kill(os.getpid(), signal.SIGKILL)")
         subprocess.run([sys.executable, "-c", crash, str(self.database)], check=False)
         self.assertTrue((self.folder / "events.db-journal").exists())
+        os.symlink(self.database, self.folder / "link.db")
+        self.database = self.folder / "link.db"         # the journal lies beside the file itself
         self.assertEqual([one.id for one in read(self.engine(), Filter(), 0, 10)], [1])
 
 
@@ -7772,12 +7933,13 @@ class EmbeddingTest(RunningTest):
                 self.assertEqual(our_threads(), [])
                 self.assertNotIn("Service stopped", (self.folder / "server.log").read_text())
                 self.assertEqual(open_files(), before)
-        for part, name, error in ((receiver.select, "epoll", OSError(errno.EMFILE, "Too many open files")),
-                                  (WebhookServer, "_contents", StoreUnavailable("Too many open files"))):
+        full = OSError(errno.EMFILE, "Too many open files")
+        for part, name, error in ((receiver.select, "epoll", full), (receiver.selectors, "DefaultSelector", full),
+                                  (WebhookServer, "_contents", receiver._unavailable(full, str(self.database)))):
             with self.subTest(fails=name), mock.patch.object(part, name, side_effect=error, create=True), \
                     mock.patch.object(receiver, "SENDS_AT_ONCE", True):
-                self.assertRaisesRegex(SetupError, "cannot start: Too many open files",
-                                       WebhookServer(self.config()).start)
+                words = "cannot start: Too many open files" + r": raise .*\(ulimit -n\)" * isinstance(error, OSError)
+                self.assertRaisesRegex(SetupError, words, WebhookServer(self.config()).start)
                 self.assertEqual((our_threads(), open_files()), ([], before))
         with WebhookServer(self.config(), on_event=print) as server:
             self.assertEqual(self.call(server, path="/health").status, 200)

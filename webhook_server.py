@@ -122,6 +122,12 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def advised_reason_of(error: BaseException) -> str:
+    """reason_of(), and what the operator can do where the limit of open files is the reason."""
+    is_limit = getattr(error, "errno", None) == errno.EMFILE
+    return reason_of(error) + ": raise the limit of open files (ulimit -n)" * is_limit
+
+
 # =============================================================================
 # Config: every setting once; flags, environment, --help and defaults come from it. Knows none of its users.
 # =============================================================================
@@ -3307,8 +3313,6 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
     def insert(self, events: list) -> list:
         """Store events: an Outcome for each, in their order. Duplicates with other content are kept aside,
         but for those whose `identical` is None. Raises StoreUnavailable."""
-        if not self._connection.in_transaction:  # a work has ended it: rows would be committed one by one
-            raise StoreUnavailable("the transaction is gone")
         outcomes: list = []
         for at in range(0, len(events), self.MOST_ROWS):
             outcomes += self._insert(events[at:at + self.MOST_ROWS])
@@ -3316,6 +3320,9 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
 
     def _insert(self, chunk: list) -> list:
         """The outcomes of at most MOST_ROWS events."""
+        # A work or a trigger has ended it: rows would be committed one by one
+        if not self._connection.in_transaction:
+            raise StoreUnavailable("the transaction is gone")
         values: list = []
         for event in chunk:
             values += event[:-1]
@@ -3403,13 +3410,15 @@ class SQLite:
                 problem = f"{self.path} is missing"
             _refuse_left_wal(self.path, problem)
             if self.files.is_doubtful:
-                self.notes.append(f"{self.path}-wal, left by a crash, is older than the database and was "
+                self.notes.append(f"{self.files.wal}, left by a crash, is older than the database and was "
                                   "taken in: if you have restored a copy just now, what is in use is the "
                                   "state before that; README says how to restore")
             if os.path.getsize(self.path):
                 self._inspect()
             self.writer = self.connect(self.CACHE_KIB - self.readers.MOST * self.readers.CACHE_KIB)
             self._prepare(self.writer)
+            if self.is_new:
+                self.notes += _notes_of_saved(self.path)
             self.files.watch()
             self.checkpoints.start()
         except (OSError, sqlite3.Error, StoreUnavailable) as error:
@@ -3436,7 +3445,7 @@ class SQLite:
     def _inspect(self) -> None:
         """Read what is there through a read-only connection, so that a file we refuse stays as it is."""
         # A journal that a crash left must be rolled back first, which a read-only connection could not
-        mode = "rw" if os.path.exists(self.path + "-journal") else "ro"
+        mode = "rw" if os.path.exists(os.path.realpath(self.path) + "-journal") else "ro"
         uri = _uri(Path(self.path), mode)
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=2)) as connection:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -3451,19 +3460,7 @@ class SQLite:
                                      f"({found.splitlines()[-1]})")
                 if version and self.files.is_left:
                     _refuse_left_wal(self.path, _problem_of_index(connection))
-            columns = _columns_of(connection)
-            # Another program's file may have our version number, too
-            missing = set(COLUMNS if version else REQUIRED_FIELDS if columns else ()) - set(columns)
-            if missing:
-                raise SetupError(f"database {self.path}: its table appointment_events is not ours, it lacks "
-                                 f"{', '.join(sorted(missing))}")
-            if version:
-                # These fail without the unique index, and without the other table
-                connection.execute("EXPLAIN " + Session.INSERTS[1], [""] * len(COLUMNS))
-                connection.execute("SELECT event_id, received_at, client, payload FROM conflicting_events "
-                                   "LIMIT 1")
-            if version == self.DATA_VERSION:
-                connection.execute("SELECT digest FROM conflicting_events LIMIT 1")
+            _refuse_other_tables(connection, self.path, version)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
         connection.execute("PRAGMA synchronous = FULL")         # an answered event outlives a power cut
@@ -3519,17 +3516,20 @@ class SQLite:
         finally:
             self.lock.release()
 
-    def tend(self) -> None:
+    def tend(self) -> bool:
         """After a transaction, once its senders have their answers: the careful look at the files that the
-        next one would begin with (20 us, which one sender alone would wait for), and which raises what is
-        wrong."""
-        if self.lock.acquire(blocking=False):           # else there is a next one already
-            try:
-                if self.writer is not None:
-                    with contextlib.suppress(StoreUnavailable, OSError):
-                        self.check()
-            finally:
-                self.lock.release()
+        next one would begin with (20 us, which one sender alone would wait for). False when something is
+        wrong; the next one says what."""
+        if not self.lock.acquire(blocking=False):       # there is a next one already
+            return True
+        try:
+            if self.writer is not None:
+                self.check()
+            return True
+        except (StoreUnavailable, OSError):
+            return False
+        finally:
+            self.lock.release()
 
     def check(self) -> None:
         """Raises StoreUnavailable unless the files are what SQLite left. For who has the writer's lock."""
@@ -3595,10 +3595,12 @@ class SQLite:
 
     # -- closing
 
-    def close(self) -> None:
-        """Put everything into the main file and close, but write nothing over files that others changed."""
+    def close(self) -> str:
+        """Put everything into the main file and close, but write nothing over files that others changed.
+        Returns what is wrong with them, "" when nothing is."""
+        trouble = ""
         if self.files is None:
-            return
+            return trouble
         self.checkpoints.loop.stop()
         with self.checkpoints.moving, self.readers.all_places() as places, self.lock:
             connections = [*places, self.checkpoints.connection, self.writer]
@@ -3609,7 +3611,8 @@ class SQLite:
                     self.check()
                     with contextlib.suppress(sqlite3.Error):
                         self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            except StoreUnavailable:
+            except (StoreUnavailable, OSError) as error:
+                trouble = reason_of(error)
                 if not self.files.is_held:
                     connections = _without_checkpoint(connections)
             self.writer = self.checkpoints.connection = None
@@ -3617,6 +3620,7 @@ class SQLite:
                 connection.close()
         self.files.close()
         self.files = None
+        return trouble
 
 
 class _Readers:
@@ -3975,7 +3979,7 @@ def _obstacle(path: str) -> str:
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as error:
-        return f"{reason_of(error)}: raise the limit of open files (ulimit -n)"
+        return advised_reason_of(error)
     real = os.path.realpath(path)
     for name in (real, real + "-wal", real + "-shm", os.path.dirname(real)):
         may = os.access(name, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
@@ -3987,11 +3991,11 @@ def _obstacle(path: str) -> str:
 def _refuse_left_wal(path: str, problem: str) -> None:
     """Raise SetupError when there is a problem."""
     if problem:
-        name = os.path.basename(path)
-        saved = os.path.exists(path + ".saved")
+        name = os.path.basename(os.path.realpath(path))     # there they are, where the path is a link
+        saved = _saved_copy(path)
         raise SetupError(f"database {path}: {name}-wal does not belong to it ({problem}). If it is a "
                          f"restored copy, move {name}-wal and {name}-shm away and start again; nothing was "
-                         "changed" + f"; what was in use last is in {path}.saved" * saved)
+                         "changed" + f"; what was in use last is in {saved}" * bool(saved))
 
 
 def _problem_of_index(connection: sqlite3.Connection) -> str:
@@ -4001,6 +4005,23 @@ def _problem_of_index(connection: sqlite3.Connection) -> str:
     if len(counts) > 1:
         return "together they are not whole"
     return ""
+
+
+def _refuse_other_tables(connection: sqlite3.Connection, path: str, version: int) -> None:
+    """Raise SetupError or sqlite3.Error unless the tables are those of our `version`, or can become them."""
+    columns = _columns_of(connection)
+    # Another program's file may have our version number, too
+    missing = set(COLUMNS if version else REQUIRED_FIELDS if columns else ()) - set(columns)
+    if missing:
+        raise SetupError(f"database {path}: its table appointment_events is not ours, it lacks "
+                         f"{', '.join(sorted(missing))}")
+    if version:
+        # These fail without the unique index, and without the other table
+        connection.execute("EXPLAIN " + Session.INSERTS[1], [""] * len(COLUMNS))
+        connection.execute("SELECT event_id, received_at, client, payload FROM conflicting_events "
+                           "LIMIT 1")
+    if version == SQLite.DATA_VERSION:
+        connection.execute("SELECT digest FROM conflicting_events LIMIT 1")
 
 
 def _columns_of(connection: sqlite3.Connection, table: str = "appointment_events") -> list:
@@ -4165,6 +4186,28 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _copy_names(path: str, ending: str) -> Iterator[str]:
+    yield f"{path}.{ending}"
+    for number in itertools.count(2):
+        yield f"{path}.{ending}-{number}"
+
+
+def _saved_copy(path: str) -> str:
+    """The newest of the copies that were saved of a database that was deleted, "" when there is none."""
+    copies = itertools.takewhile(os.path.isfile, _copy_names(path, "saved"))
+    return max(copies, key=os.path.getmtime, default="")
+
+
+def _notes_of_saved(path: str) -> list:
+    """Whoever has moved the files away, and not what was saved of them, may not know that it is there."""
+    saved = _saved_copy(path)
+    if not saved:
+        return []
+    return [f"A new database {path} was begun although {saved} is there, with all that was in one that was "
+            f"deleted while it was in use: to go on with that, stop the service, move {path} away and "
+            f"{saved} in its place, and start again"]
+
+
 def _copy_beside(source: sqlite3.Connection, path: str, ending: str) -> str:
     """Copy a database beside itself. Returns the path, once all is on disk. Raises OSError, sqlite3.Error."""
     part = f"{path}.{ending}.part"
@@ -4179,10 +4222,7 @@ def _copy_beside(source: sqlite3.Connection, path: str, ending: str) -> str:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        name, number = f"{path}.{ending}", 1
-        while os.path.lexists(name):
-            number += 1
-            name = f"{path}.{ending}-{number}"
+        name = next(name for name in _copy_names(path, ending) if not os.path.lexists(name))
         os.rename(part, name)
         _sync_folder(os.path.dirname(path))
         return name
@@ -4444,8 +4484,7 @@ class Store:
     lead again.
 
     A locked group is tried again until its submissions have waited for the busy timeout. When groups fail in
-    a row the breaker opens: `submit` is then another method, which fails each submission at once, and the
-    writer makes the tries.
+    a row the breaker opens: each submission fails at once, and the writer makes the tries.
     """
 
     def __init__(self, engine: SQLite, busy_timeout: float,
@@ -4457,16 +4496,14 @@ class Store:
         self.engine = engine
         self.steps, self.event = engine.steps, engine.event
         self.last_id, self.count = engine.last_id, engine.count
-        self._busy_timeout = busy_timeout
-        self._on_trouble, self._on_error = on_trouble, on_error
+        self._busy_timeout, self._on_trouble, self._on_error = busy_timeout, on_trouble, on_error
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._lanes = _Lanes(self, on_error)
         self._refusal = ""              # why each submission fails at once just now
         self._committer = _Committer(engine, on_stored, on_error)
         self._lead_lock = threading.Lock()              # held while lead() works, for settle()
         self._writer = threading.Thread(target=self._run, name="webhook-writer", daemon=True)
-        self._pause = LOCK_STEPS[0]
-        self._breaker = Breaker()
+        self._pause, self._breaker = LOCK_STEPS[0], Breaker()
         self._lock_counted = -math.inf                  # when a lock last counted as a failure
         self._trouble = self._public = ""               # the operator's words, and everybody's
         self._checkup = Checkup("probe", self._probe)
@@ -4496,7 +4533,9 @@ class Store:
                 self._writer.join()
                 self._lanes.stop()
             self._refuse("the store has stopped", "")
-            self.engine.close()
+            trouble = self.engine.close()
+            if trouble not in self._trouble:            # while nothing came nobody had to be told
+                self._report(trouble, "")
 
     # -- submitting
 
@@ -4574,7 +4613,8 @@ class Store:
             self._committer.quick = False
             return False
         self._lanes.tell(group, outcomes)
-        self.engine.tend()
+        if not self.engine.tend():                      # the writer meets it, too, and tells of it
+            self.submit(_Waiting(work=_rehearse))
         return True
 
     def _run(self) -> None:
@@ -6802,6 +6842,7 @@ class Server(ThreadingHTTPServer):
         self.lingering = Budget(LINGERING)
         self._places = Budget(config.max_connections, config.max_connections_per_address)
         self.poller: Optional[Poller] = None
+        self._selector: Optional[selectors.BaseSelector] = None
         self._lock = threading.Lock()
         self._connections: set = set()
         self._refused: deque = deque()                  # (when to close it, socket)
@@ -6861,12 +6902,13 @@ class Server(ThreadingHTTPServer):
         """Accept from now on, in threads of our own; expire() has to be called every REAP_SECONDS."""
         if SENDS_AT_ONCE and getattr(select, "epoll", None):            # Linux
             self.poller = Poller(self)
+        self._selector = selectors.DefaultSelector()    # made in the thread, it would fail where nobody hears
         self._accepting.start()
 
     # -- accepting
 
     def _accept(self) -> None:
-        with selectors.DefaultSelector() as selector:
+        with self._selector as selector:
             for listener in self.listeners:
                 listener.setblocking(False)
                 selector.register(listener, selectors.EVENT_READ)
@@ -6886,8 +6928,7 @@ class Server(ThreadingHTTPServer):
             connection, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._tell_full(f"cannot accept connections: {error.strerror}; raise the limit of open files "
-                                "(ulimit -n)")
+                self._tell_full(f"cannot accept connections: {advised_reason_of(error)}")
                 time.sleep(0.05)                        # the connection stays in the queue; do not spin on it
             return error.errno == errno.ECONNABORTED    # that one is gone, more may wait
         connection.setblocking(True)
@@ -7024,6 +7065,8 @@ class Server(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         """Close the listeners."""
+        if self._selector is not None:
+            self._selector.close()
         for listener in self.listeners:
             listener.close()
         self._wake_sender.close()
@@ -7041,7 +7084,7 @@ def _why_not_listening(error: Exception) -> str:
         return "no network interface of this machine has that address; 0.0.0.0 is all of them"
     if isinstance(error, socket.gaierror):
         return f"that name leads to no address ({error.strerror})"
-    return getattr(error, "strerror", None) or str(error)
+    return advised_reason_of(error)
 
 
 # =============================================================================
@@ -7319,7 +7362,7 @@ class WebhookServer:
                 self._running.close()
                 # The system gives no more threads or files
                 if isinstance(error, (RuntimeError, OSError, StoreUnavailable)):
-                    raise SetupError(f"cannot start: {reason_of(error)}") from None
+                    raise SetupError(f"cannot start: {advised_reason_of(error)}") from None
                 raise
         return self
 
