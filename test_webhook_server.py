@@ -434,8 +434,8 @@ class SettingFilesTest(FolderTest):
                 config = self.config(log_file=log, database=f"{log}.{number}")
                 self.assert_refused(config, "log_file", "database", f"events.{number}")
         self.config(log_file=log, database=f"{log}.6").check_files()
-        self.assert_refused(self.config(log_file=log, database=f"{log}.6", log_backups=6), f"events.6")
-        self.assert_refused(self.config(log_file=log, schema=f"{log}.1"), f"events.1")
+        self.assert_refused(self.config(log_file=log, database=f"{log}.6", log_backups=6), "events.6")
+        self.assert_refused(self.config(log_file=log, schema=f"{log}.1"), "events.1")
 
     def test_the_schema_and_the_program_are_no_place_for_a_log_or_a_database(self):
         for setting in ("log_file", "database"):
@@ -4717,7 +4717,7 @@ class LogTest(ServerTest):
 
     def test_the_last_look_at_a_sink_that_fails_tries_once(self):
         log, sink = self.log(start=False)
-        tries, sink.write = [], mock.Mock(side_effect=OSError(32, ""))
+        sink.write = mock.Mock(side_effect=OSError(32, ""))
         with mock.patch.object(sink, "most", 0):
             for number in range(500):
                 log.line("INFO", "lost")
