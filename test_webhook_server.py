@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import hashlib
 import http.client
 import inspect
 import io
@@ -33,6 +34,7 @@ import threading
 import time
 import unittest
 import weakref
+from collections import Counter
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path, PureWindowsPath
 from unittest import mock
@@ -5168,7 +5170,7 @@ class HTTPTest(ServerTest):
         self.assertEqual(answer.headers["cache-control"], "no-store")
         self.assertEqual(answer.headers["server"], "webhook-server")
         self.assertRegex(answer.headers["date"], r"\A\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\Z")
-        if answer.status >= 400 and answer.body and "checks" not in answer.json:
+        if answer.status >= 400 and answer.body and "status" not in answer.json:
             self.assertLessEqual({"error", "message", "request_id"}, set(answer.json))
             self.assertEqual(answer.headers["x-request-id"], answer.json["request_id"])
             self.assertEqual(answer.json["error"], receiver.REASONS[answer.status])
@@ -5527,6 +5529,337 @@ class ChunkedTest(unittest.TestCase):
                 self.assertEqual(pieces, whole, data)
 
 
+# =============================================================================
+# Access
+# =============================================================================
+
+class BucketTest(unittest.TestCase):
+    """How often somebody may come."""
+
+    def test_a_burst_is_used_up_and_comes_back_at_the_rate(self):
+        clock = FakeClock()
+        bucket = receiver.Bucket(2, 3, clock)
+        self.assertEqual([bucket.wait() for _ in range(4)], [0.0, 0.0, 0.0, 0.5])
+        clock.time += 0.5
+        self.assertEqual([bucket.wait(), bucket.wait()], [0.0, 0.5])
+        clock.time += 3600
+        self.assertEqual([bucket.wait() for _ in range(4)], [0.0, 0.0, 0.0, 0.5])
+
+    def test_without_a_burst_it_is_twice_the_rate_and_at_least_one(self):
+        for rate, burst in ((50, 100), (0.5, 1), (0.1, 1)):
+            self.assertEqual(receiver.Bucket(rate).burst, burst)
+
+    def test_who_is_over_the_rate_is_told_when_to_come_again(self):
+        bucket = receiver.Bucket(0.5, 1, FakeClock())
+        bucket.take()
+        with self.assertRaises(receiver.Refusal) as raised:
+            bucket.take()
+        self.assertEqual((raised.exception.status, raised.exception.fields), (429, {
+            "Retry-After": "2", "RateLimit-Policy": '"requests";q=1;w=2', "RateLimit": '"requests";r=0;t=2'}))
+
+    def test_addresses_have_one_each_those_of_ipv6_one_for_each_64(self):
+        kept = receiver.PerAddress(object)
+        self.assertIs(kept.of("192.0.2.1"), kept.of("192.0.2.1"))
+        self.assertIsNot(kept.of("192.0.2.1"), kept.of("192.0.2.2"))
+        self.assertIs(kept.of("2001:db8::1"), kept.of("2001:db8::ffff:0:0:1"))
+        self.assertIs(kept.of("fe80::1%eth0"), kept.of("fe80::2%eth1"))
+        self.assertIsNot(kept.of("2001:db8::1"), kept.of("2001:db8:0:1::1"))
+
+    def test_however_many_addresses_come_only_so_many_are_kept(self):
+        kept = receiver.PerAddress(object, 10)
+        first = kept.of("0.0.0.0")
+        for number in range(100):
+            kept.of(f"192.0.2.{number}")
+        self.assertEqual(len(kept._kept), 10)
+        self.assertIsNot(kept.of("0.0.0.0"), first)
+
+    def test_twenty_refusals_in_a_minute_are_heard_and_then_it_is_too_many(self):
+        clock = FakeClock()
+        strikes = receiver.Strikes(clock)
+        clock.time += 1
+        self.assertEqual([strikes.left() for _ in range(receiver.REFUSALS)], [0.0] * receiver.REFUSALS)
+        clock.time += 10
+        self.assertEqual(strikes.left(), 50.0)
+        clock.time += 50
+        self.assertEqual(strikes.left(), 0.0)
+
+
+KEYS = {name: f"whk_{name:-<43}" for name in ("sender", "reader", "operator", "admin", "none", "both")}
+
+
+def key_entry(name, *roles, **members):
+    """An entry of the clients file for a client with KEYS[name]."""
+    digest = hashlib.sha256(KEYS[name].encode()).hexdigest()
+    return {"name": name, "roles": list(roles or [name]), "key_sha256": [digest], **members}
+
+
+class ClientsTest(FolderTest):
+    """The clients file."""
+
+    def read(self, document):
+        path = self.folder / "clients.json"
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+        return receiver.read_clients(str(path))
+
+    def test_what_is_wrong_is_named_with_file_place_and_what_was_expected(self):
+        good = key_entry("sender")
+        other = {**key_entry("reader"), "name": "other"}
+        for document, place, expected in (
+                ("{", "line 1 column 2", "expecting"),
+                ('{"clients": [], "clients": []}', "line 1", "already has"),
+                ([], "/", "object"), ({}, "/clients", "Missing"),
+                ({"clients": [], "client": []}, "/client", "not a known field"),
+                ({"clients": [{**good, "rols": []}]}, "/clients/0/rols", "not a known field"),
+                ({"clients": [{**good, "roles": ["sendr"]}]}, "/clients/0/roles/0", "sender, reader, operator, admin"),
+                ({"clients": [{**good, "roles": []}]}, "/clients/0/roles", "empty"),
+                ({"clients": [{"name": "x", "key_sha256": good["key_sha256"]}]}, "/clients/0/roles", "Missing"),
+                ({"clients": [{**good, "name": "a b"}]}, "/clients/0/name", "pattern"),
+                ({"clients": [{**good, "tenant": "North"}]}, "/clients/0/tenant", "pattern"),
+                ({"clients": [{**good, "tenant": "../x"}]}, "/clients/0/tenant", "pattern"),
+                ({"clients": [{**good, "key_sha256": [KEYS["sender"]]}]}, "/clients/0/key_sha256/0", "pattern"),
+                ({"clients": [{**good, "key_sha256": []}]}, "/clients/0/key_sha256", "empty"),
+                ({"clients": [{**good, "rate": 0}]}, "/clients/0/rate", "more than 0"),
+                ({"clients": [{**good, "rate": "5"}]}, "/clients/0/rate", "number"),
+                ({"clients": [{**good, "burst": 5}]}, "/clients/0/rate", "Missing"),
+                ({"clients": [{**good, "disabled": "no"}]}, "/clients/0/disabled", "boolean"),
+                ({"clients": [{**good, "require": "any"}]}, "/clients/0/require", "all"),
+                ({"clients": [{**good, "allow_from": ["10.0.0.1/8"]}]}, "/clients/0/allow_from/0", "host bits"),
+                ({"clients": [{**good, "allow_from": ["home"]}]}, "/clients/0/allow_from/0", "203.0.113.0/24"),
+                ({"clients": [{"name": "x", "roles": ["sender"]}]}, "/clients/0", "needs one of key_sha256"),
+                ({"clients": [good, {**other, "name": "SENDER"}]}, "/clients/1", "has the name of /clients/0"),
+                ({"clients": [good, {**good, "name": "other"}]}, "/clients/1", "has the key of /clients/0")):
+            with self.subTest(document=document), self.assertRaises(SetupError) as raised:
+                self.read(document)
+            text = str(raised.exception)
+            self.assertTrue(text.startswith(f"clients {self.folder / 'clients.json'}: "), text)
+            self.assertIn(place, text)
+            self.assertIn(expected, text)
+            self.assertNotIn("\n", text)
+        self.assertEqual([client.name for client in self.read({"clients": [good, other]})], ["sender", "other"])
+
+    def test_a_file_that_cannot_be_read_keeps_it_from_starting(self):
+        (self.folder / "cut").write_bytes(b"\xff")
+        for path, expected in ((self.folder, "folder"), (self.folder / "none", "No such file"),
+                               (self.folder / "cut", "UTF-8")):
+            with self.subTest(path):
+                code, out, err = self.program("--clients", path, "--database", self.database, "--port", 0)
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+                self.assertIn("--clients", err)
+                self.assertIn(expected, err)
+                self.assertFalse(self.database.exists())
+
+    def test_a_key_may_be_written_in_capitals_of_hex(self):
+        entry = key_entry("sender")
+        entry["key_sha256"] = [entry["key_sha256"][0].upper()]
+        self.assertEqual(self.read({"clients": [entry]})[0].keys, self.read({"clients": [key_entry("sender")]})[0].keys)
+
+    @unittest.skipUnless(POSIX, "needs POSIX modes")
+    def test_a_file_that_others_can_read_is_a_warning(self):
+        path = self.folder / "clients.json"
+        path.write_text('{"clients": []}')
+        for mode, warnings in ((0o600, 0), (0o640, 1), (0o604, 1), (0o620, 1)):
+            path.chmod(mode)
+            self.assertEqual(len(receiver.warn_if_others_can_read("clients", path)), warnings)
+
+
+class KeygenTest(FolderTest):
+
+    def test_a_key_is_printed_once_with_the_entry_that_knows_it(self):
+        code, out, err = self.program("keygen", "--client", "north", "--role", "sender", "--role", "reader",
+                                      "--tenant", "north")
+        key, entry = out.splitlines()
+        self.assertRegex(key, "^whk_[A-Za-z0-9_-]{43}$")
+        self.assertEqual(json.loads(entry), {
+            "name": "north", "tenant": "north", "roles": ["sender", "reader"],
+            "key_sha256": [hashlib.sha256(key.encode()).hexdigest()]})
+        self.assertEqual((code, err, out.count(key)), (0, "", 1))
+        self.assertNotEqual(self.program("keygen", "--client", "north")[1].split()[0], key)
+
+    def test_secrets_are_of_the_form_that_takes_them(self):
+        code, out, _ = self.program("keygen", "--signing")
+        self.assertRegex(out, "^whsec_[A-Za-z0-9+/]{43}=\n$")
+        code, out, _ = self.program("keygen", "--encryption")
+        self.assertRegex(out, "^key-[0-9]{8}-[0-9a-f]{4}:[A-Za-z0-9+/]{43}=\n$")
+
+    def test_what_makes_no_sense_is_refused_in_one_line(self):
+        for arguments in ([], ["--client", "a b"], ["--client", "x", "--role", "boss"], ["--signing", "--encryption"],
+                          ["--client", "x", "--signing"], ["--signing", "--role", "sender"], ["--tenant", "x"],
+                          ["--client", "x", "--tenant", "X"]):
+            code, out, err = self.program("keygen", *arguments)
+            self.assertEqual((code, out, err.count("\n")), (2, "", 1), arguments)
+
+
+class AccessTest(HTTPTest):
+    """Who may do what."""
+
+    def start_with(self, *entries, **settings):
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": list(entries)}))
+        path.chmod(0o600)
+        return self.start(clients=str(path), **settings)
+
+    def start_roles(self, **settings):
+        entries = [key_entry(name) for name in receiver.ROLES]
+        return self.start_with(*entries, key_entry("both", "sender", "reader"), **settings)
+
+    def test_each_route_takes_the_role_of_its_row_and_admin_and_no_other(self):
+        server = self.start_roles()
+        self.assertEqual(self.post(server, X_API_Key=KEYS["sender"]).status, 200)
+        for route in receiver.ROUTES:
+            for name in [*receiver.ROLES, "none", ""]:
+                with self.subTest(f"{route.method} {route.path} as {name or 'nobody'}"):
+                    headers = {"Authorization": "Bearer " + KEYS[name]} if name else {}
+                    body = event(appointment_id=name) if route.method == "POST" else None
+                    answer = self.call(server, route.method, route.path.replace("{event_id}", "1"), body, **headers)
+                    if route.role in ("", name) or name == "admin":
+                        self.assertEqual(answer.status, 200)
+                        if route.otherwise:
+                            self.assertEqual(set(answer.json), {"status", "checks"})
+                    elif route.otherwise:
+                        self.assertEqual((answer.status, answer.json), (200, {"status": "ok"}))
+                    elif name in receiver.ROLES:
+                        self.assertEqual(answer.status, 403)
+                        self.assertEqual(answer.headers["www-authenticate"],
+                                         'Bearer realm="appointments", error="insufficient_scope"')
+                    else:
+                        self.assertEqual(answer.status, 401)
+                        self.assertEqual(answer.headers["www-authenticate"], 'Bearer realm="appointments"' +
+                                         ', error="invalid_token"' * bool(name))
+        self.assertEqual(rows(self.database), 3)
+
+    def test_a_key_counts_in_either_header_and_any_spelling_of_bearer(self):
+        server = self.start_roles()
+        key, wrong = KEYS["both"], KEYS["none"]
+        for headers, status in (({"Authorization": f"bearer {key}"}, 200), ({"Authorization": f"BEARER   {key}"}, 200),
+                                ({"X_API_Key": key}, 200), ({"X_API_Key": key, "Authorization": "Basic eA=="}, 200),
+                                ({"X_API_Key": key, "Authorization": f"Bearer {wrong}"}, 200),
+                                ({"Authorization": key}, 401), ({"Authorization": f"Bearer {key} x"}, 401),
+                                ({"Authorization": f"Bearer {key}, Bearer {key}"}, 401), ({"X_API_Key": key[:-1]}, 401),
+                                ({"Authorization": f"Basic {key}"}, 401), ({"Authorization": "Bearer"}, 401),
+                                ({"X_API_Key": key.upper()}, 401), ({"Cookie": f"key={key}"}, 401)):
+            with self.subTest(headers):
+                self.assertEqual(self.call(server, **headers).status, status)
+        self.assertEqual(self.call(server, path=f"{PATH}?key={key}").status, 401)
+
+    def test_the_row_and_the_log_name_the_client_and_never_its_key(self):
+        server = self.start_roles()
+        self.post(server, X_API_Key=KEYS["both"])
+        self.post(server, X_API_Key=KEYS["none"])
+        self.call(server, path="/health", Authorization="Bearer " + KEYS["reader"])
+        self.assertEqual(rows(self.database, "SELECT client FROM appointment_events"), "both")
+        log = self.log_text(server)
+        self.assertIn("client=both address=127.0.0.1 payload=", log)
+        self.assertRegex(log, r"WARNING - \[.*\] POST /webhook/appointments 401 credentials that nobody has .*client=127")
+        for key in KEYS.values():
+            self.assertNotIn(key, log)
+            self.assertNotIn(hashlib.sha256(key.encode()).hexdigest(), log)
+
+    def test_unknown_and_wrong_and_none_get_the_same_body(self):
+        server = self.start_roles()
+        bodies = {json.dumps({**self.post(server, **headers).json, "request_id": ""}) for headers in (
+            {}, {"X_API_Key": KEYS["none"]}, {"X_API_Key": KEYS["sender"] + "x"}, {"Authorization": "Basic eA=="})}
+        self.assertEqual(len(bodies), 1, bodies)
+        self.assertIn('"error": "Unauthorized"', bodies.pop())
+
+    def test_a_disabled_client_is_known_and_refused(self):
+        server = self.start_with(key_entry("sender", disabled=True), key_entry("both", "sender"))
+        answer = self.post(server, X_API_Key=KEYS["sender"])
+        self.assertEqual((answer.status, answer.json["message"]), (403, "This client is disabled"))
+        self.assertEqual(self.post(server, X_API_Key=KEYS["both"]).status, 200)
+        self.assertIn(" 403 This client is disabled ", self.log_text(server))
+
+    def test_a_client_may_come_from_its_networks_only(self):
+        server = self.start_with(key_entry("sender", allow_from=["203.0.113.0/24", "2001:db8::/32"]),
+                                 key_entry("both", "sender", allow_from=["203.0.113.0/24", "127.0.0.0/8"]))
+        self.assertEqual(self.post(server, X_API_Key=KEYS["sender"]).status, 403)
+        self.assertEqual(self.post(server, X_API_Key=KEYS["both"]).status, 200)
+        for address, inside in (("203.0.113.7", True), ("203.0.114.1", False), ("2001:db8::1", True), ("::1", False),
+                                ("fe80::1%eth0", False), ("no address", False)):
+            networks = receiver._networks_of(["203.0.113.0/24", "2001:db8::/32"], "")
+            self.assertEqual(receiver.is_in(address, networks), inside)
+
+    def test_who_is_over_the_rate_gets_429_and_the_others_do_not(self):
+        server = self.start_with(key_entry("sender", rate=0.001, burst=2), key_entry("both", "sender"))
+        answers = [self.post(server, event(appointment_id=str(number)), X_API_Key=KEYS["sender"]) for number in range(3)]
+        self.assertEqual([answer.status for answer in answers], [200, 200, 429])
+        self.assertEqual(answers[2].headers["retry-after"], "1000")
+        self.assertEqual(answers[2].headers["ratelimit-policy"], '"requests";q=2;w=2000')
+        self.assertEqual(self.post(server, X_API_Key=KEYS["both"]).status, 200)
+
+    def test_the_rate_for_addresses_counts_all_who_are_not_known(self):
+        server = self.start_with(key_entry("both", "sender", "reader"), rate_limit=1)
+        found = [self.call(server, path="/health/live").status for _ in range(2)]
+        found += [self.call(server).status, self.call(server, path="/health/live").status]
+        self.assertIn(found, ([200, 200, 429, 429], [200, 200, 401, 429]))
+        for _ in range(5):
+            self.assertEqual(self.call(server, X_API_Key=KEYS["both"]).status, 200)
+
+    def test_without_clients_the_rate_holds_for_every_address(self):
+        server = self.start(rate_limit=1)
+        self.assertIn(429, [self.post(server).status for _ in range(9)])
+
+    def test_ten_thousand_wrong_keys_are_refused_and_the_right_one_is_not(self):
+        server = self.start_roles()
+        found = Counter()
+        for part in range(20):
+            found.update(statuses(self.exchange(server, b"".join(
+                post_bytes(event(), f"X-API-Key: {KEYS['none']}{part}-{number}") for number in range(500)))))
+        self.assertEqual(found, {401: receiver.REFUSALS, 429: 10000 - receiver.REFUSALS})
+        self.assertEqual(self.post(server, X_API_Key=KEYS["sender"]).status, 200)
+        answer = self.post(server, X_API_Key=KEYS["none"])
+        self.assertEqual((answer.status, answer.json["error"]), (429, "Too Many Requests"))
+        self.assertLessEqual(int(answer.headers["retry-after"]), 60)
+        self.assertEqual(self.post(server).status, 401)         # who shows nothing does not guess
+
+    def test_the_same_bytes_from_elsewhere_get_no_more_than_they_may(self):
+        server = self.start_with(key_entry("sender", allow_from=["127.0.0.2/32"]))
+        request = post_bytes(event(), "X-API-Key: " + KEYS["sender"])
+        for source, status in (("127.0.0.2", 200), ("127.0.0.2", 409), ("127.0.0.1", 403), ("127.0.0.3", 403),
+                               ("127.0.0.2", 409)):
+            with socket.create_connection(("127.0.0.1", server.port), WAIT, (source, 0)) as connection:
+                connection.sendall(request)
+                connection.shutdown(socket.SHUT_WR)
+                self.assertEqual(statuses(read_all(connection)), [status])
+
+    def test_pipelined_requests_with_and_without_a_key_are_answered_in_order(self):
+        server = self.start_roles()
+        pieces, expected = [], []
+        for number in range(30):
+            name, status = (("sender", 200), ("none", 401), ("reader", 403))[number % 3]
+            pieces.append(post_bytes(event(appointment_id=str(number)), "X-API-Key: " + KEYS[name]))
+            expected.append(status)
+        self.assertEqual(self.talk_statuses(server, b"".join(pieces)), expected)
+
+    def test_a_reload_takes_the_new_clients_and_a_broken_file_keeps_the_old(self):
+        server = self.start_with(key_entry("sender"))
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": [key_entry("both", "sender")]}))
+        self.assertTrue(server.reload())
+        self.assertEqual([self.post(server, X_API_Key=KEYS[name]).status for name in ("both", "sender")], [200, 401])
+        for text in ("{", '{"clients": [{}]}', ""):
+            path.write_text(text)
+            self.assertFalse(server.reload())
+            self.assertEqual([self.post(server, X_API_Key=KEYS[name]).status for name in ("both", "sender")], [409, 401])
+        path.unlink()
+        self.assertFalse(server.reload())
+        self.assertEqual(self.post(server).status, 401)
+        log = self.log_text(server)
+        self.assertIn("Reloaded: schema and 1 clients", log)
+        self.assertIn(f"ERROR - [-] Nothing was reloaded, the settings of before go on: clients {path}: ", log)
+
+    def test_a_connection_that_is_open_lives_under_the_new_rules(self):
+        server = self.start_with(key_entry("sender"))
+        request = post_bytes(event(), "X-API-Key: " + KEYS["sender"])
+        connection = self.connect(server)
+        for status in (b"200", b"409"):
+            connection.sendall(request)
+            self.assertIn(b" " + status + b" ", connection.recv(65536))
+        (self.folder / "clients.json").write_text('{"clients": []}')
+        self.assertTrue(server.reload())
+        connection.sendall(request)
+        self.assertIn(b" 401 ", connection.recv(65536))
+
+
 class RoutingTest(unittest.TestCase):
     """A request to its route; queries; Accept; Date."""
 
@@ -5619,7 +5952,8 @@ class RulesTest(unittest.TestCase):
     def rules(self, loopback=True, **settings):
         config = Config(**settings)
         endpoints = receiver.Endpoints(config, None, None, {})
-        endpoints.rules = receiver.Rules(config, None, b"", None, endpoints, loopback)
+        access = receiver.OpenAccess(None, 0)
+        endpoints.rules = receiver.Rules(config, None, b"", None, access, endpoints, loopback)
         return endpoints.rules
 
     def test_a_head_that_comes_again_is_judged_once_and_one_that_does_not_is_not_kept(self):
@@ -7179,9 +7513,9 @@ class SiteTest(HTTPTest):
             self.assertEqual(self.call(server, path=PATH, Host=host).status, status, host)
 
     def test_every_name_is_answered_where_others_can_reach_us_unless_some_are_named(self):
-        server = self.start(host="0.0.0.0")
+        server = self.start(host="0.0.0.0", insecure=True)
         self.assertEqual(self.call(server, path=PATH, Host="clinic.example").status, 200)
-        named = self.start(host="0.0.0.0", allowed_host="clinic.example", database=str(self.folder / "2.db"))
+        named = self.start(host="0.0.0.0", insecure=True, allowed_host="clinic.example", database=str(self.folder / "2.db"))
         for host, status in (("clinic.example", 200), ("b.example", 403)):
             self.assertEqual(self.call(named, path=PATH, Host=host).status, status, host)
 
@@ -7590,8 +7924,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP", "Endpoints",
-         "Connections", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP", "Access",
+         "Endpoints", "Connections", "Service", "Command line")
 
 
 def can_connect(port):
@@ -8027,8 +8361,12 @@ class EmbeddingTest(RunningTest):
         self.assertEqual(len(re.findall("WARNING", log)), 2)
 
     def test_who_opens_it_to_other_machines_is_told_what_that_means(self):
-        self.assertIn("WARNING - [-] Other machines can reach this service",
-                      self.log_text(self.start(host="0.0.0.0")))
+        with self.assertRaisesRegex(SetupError, "^host 0.0.0.0: .*--clients .*--tls-cert .*--trusted-proxy .*--insecure"):
+            self.start(host="0.0.0.0")
+        server = self.start(host="0.0.0.0", insecure=True)
+        warning, = self.call(server, path="/health").json["warnings"]
+        self.assertIn(f"WARNING - [-] {warning}", self.log_text(server))
+        self.assertIn("Other machines can connect", warning)
         os.remove(self.folder / "server.log")
         self.assertNotIn("WARNING", self.log_text(self.start()))
 
@@ -8425,6 +8763,10 @@ class KeyboardTest(RunningTest):
     def test_every_number_and_choice_refuses_nonsense_and_names_flag_or_variable(self):
         for field in dataclasses.fields(Config):
             if field.metadata["metavar"] in ("TEXT", "FILE", "HOST", "ORIGIN"):
+                continue
+            if field.default is False:          # a flag without a value
+                self.assert_usage(command("--port", 0, environment={"WEBHOOK_" + field.name.upper(): "maybe"}),
+                                  "WEBHOOK_" + field.name.upper())
                 continue
             flag, variable = receiver.flag_of(field.name), "WEBHOOK_" + field.name.upper()
             for value in ("-1", "+5", "1_0", "0x10", "1e3", "nan", "9" * 5000, "\u0663", "ü\u202e\n", " 5",
@@ -8836,7 +9178,7 @@ def settings_table():
     """The table of settings as README.md must have it, a line for each setting."""
     lines = ["| flag | environment | default | what it does |", "|---|---|---|---|"]
     for field in dataclasses.fields(Config):
-        default = "" if field.default in ("", ()) else f"`{field.default}`"
+        default = "" if field.default in ("", ()) or field.default is False else f"`{field.default}`"
         text = field.metadata["help"].replace("|", "\\|")
         lines.append(f"| `{receiver.flag_of(field.name)}` | `WEBHOOK_{field.name.upper()}` | {default} | {text} |")
     return lines
@@ -8945,8 +9287,8 @@ class DocumentTest(ServerTest):
         for field in dataclasses.fields(Config):
             with self.subTest(field.name):
                 flag, metavar = receiver.flag_of(field.name), field.metadata["metavar"]
-                self.assertIn(f"{flag} {metavar} {field.metadata['help']}", text)
-                if field.default not in ("", ()):
+                self.assertIn(" ".join(filter(None, (flag, metavar, field.metadata["help"]))), text)
+                if field.default not in ("", ()) and field.default is not False:
                     self.assertIn(f"{field.metadata['help']} (default: {field.default})", text)
         for row in receiver.COMMANDS:
             self.assertIn(f" {row.name} {row.help}", text)

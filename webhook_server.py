@@ -22,6 +22,7 @@ section uses only those above it:
     Store          one commit for all who wait, over any engine; who commits answers
     Log            lines without patients' data, written in the background
     HTTP           bytes to a head and a body, an answer to bytes
+    Access         who may do what: clients, keys, roles, networks, rates
     Endpoints      what each route answers, and which rules it is judged by
     Connections    sockets and threads: the poller that leads, limits
     Service        puts the parts together: start, drain, stop
@@ -39,6 +40,7 @@ if sys.version_info < (3, 9) and __name__ == "__main__":
 try:
     import argparse
     import atexit
+    import base64
     import bisect
     import builtins
     import contextlib
@@ -62,6 +64,7 @@ try:
     import os
     import queue
     import re
+    import secrets
     import select
     import selectors
     import shutil
@@ -186,6 +189,13 @@ def _one_of(choices: str) -> Callable[[Any], str]:
     return parse
 
 
+def _yes_or_no(value: Any) -> bool:
+    choice = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+    if str(value).lower() not in choice:
+        raise ValueError("must be yes or no")
+    return choice[str(value).lower()]
+
+
 def _list_of(pattern: str, what: str) -> Callable[[Any], tuple]:
     def parse(value: Any) -> tuple:
         texts = [value] if isinstance(value, str) else value
@@ -286,11 +296,17 @@ class Config:
         _seconds, "SECONDS")
     shutdown_timeout: float = _setting(
         10.0, "how long a stop waits for requests in flight, and then for on_event", _seconds, "SECONDS")
+    clients: PathText = _file(
+        "", "who may do what: a JSON file, see README; without it everybody may do everything", _optional_text,
+        group="who may send and read")
+    insecure: bool = _setting(
+        False, "let other machines connect without --clients or without TLS (as a variable: yes)", _yes_or_no, "")
+    rate_limit: int = _setting(
+        0, "requests a second for one address that is no known client; 0 is no limit", _whole(0, 1000000), "N")
     allowed_host: Sequence[str] = _setting(
         (), "host name to answer to, beside local names and every IP address (repeat, or separate with "
         "commas); by default all names, but none while only this machine can connect",
-        _list_of(r"[\w.-]+|\[[0-9a-f:.]+\]", "a host name without scheme or port"), "HOST",
-        group="who may send")
+        _list_of(r"[\w.-]+|\[[0-9a-f:.]+\]", "a host name without scheme or port"), "HOST")
     allowed_origin: Sequence[str] = _setting(
         (), "web origin whose pages may send requests, such as https://desk.example (repeat, or separate "
         "with commas)", _list_of(r"https?://[^/,\s]+", "an origin such as https://desk.example"), "ORIGIN")
@@ -5203,12 +5219,11 @@ def _reason_without_text(error: BaseException) -> str:
 # HTTP: bytes to a head and a body, an answer to bytes. Knows no socket, no thread and no route.
 # =============================================================================
 
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found",
-           405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout", 409: "Conflict",
-           411: "Length Required", 413: "Payload Too Large", 414: "URI Too Long",
-           415: "Unsupported Media Type", 417: "Expectation Failed", 431: "Request Header Fields Too Large",
-           500: "Server Error",
-           501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
+REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden",
+           404: "Not Found", 405: "Method Not Allowed", 406: "Not Acceptable", 408: "Request Timeout",
+           409: "Conflict", 411: "Length Required", 413: "Payload Too Large", 414: "URI Too Long",
+           415: "Unsupported Media Type", 417: "Expectation Failed", 429: "Too Many Requests",
+           431: "Request Header Fields Too Large", 500: "Server Error", 501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 RETRY_AFTER = {"Retry-After": "1"}
 
@@ -5602,6 +5617,303 @@ def utc_seconds(seconds: int) -> str:
 
 
 # =============================================================================
+# Access: who may do what: clients and their keys, roles, networks and rates. Knows no socket and no route.
+# =============================================================================
+
+ROLES = ("sender", "reader", "operator", "admin")
+ANYBODY = ""                    # the role of what needs none
+KEY_PREFIX = "whk_"             # of the keys that keygen makes
+MOST_SECRETS = 100              # of signatures: each that could be meant is tried with each signed request
+ADDRESSES_KEPT = 10000          # of unknown senders, each with some 300 bytes
+REFUSALS, REFUSALS_SECONDS = 20, 60.0   # wrong credentials of an address, after which it hears 429
+CHALLENGE = 'Bearer realm="appointments"'                               # RFC 6750 section 3
+_BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)               # RFC 9110 section 11.4, RFC 6750 2.1
+
+CLIENT_SCHEMA = {
+    "type": "object",
+    "required": ["name", "roles"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"},
+        "tenant": {"type": "string", "pattern": "^[a-z0-9][a-z0-9-]{0,62}$"},
+        "roles": {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"enum": list(ROLES)}},
+        "key_sha256": {"type": "array", "minItems": 1, "uniqueItems": True,
+                       "items": {"type": "string", "pattern": "^[0-9A-Fa-f]{64}$"}},
+        "require": {"const": "all"},
+        "disabled": {"type": "boolean"},
+        "rate": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000000},
+        "burst": {"type": "number", "minimum": 1, "maximum": 1000000},
+        "allow_from": {"type": "array", "minItems": 1, "items": {"type": "string"}},
+    },
+    "dependentRequired": {"burst": ["rate"]},
+    "additionalProperties": False,
+}
+CLIENTS_SCHEMA = {
+    "type": "object",
+    "required": ["clients"],
+    "properties": {"clients": {"type": "array", "items": CLIENT_SCHEMA}},
+    "additionalProperties": False,
+}
+
+
+class Bucket:
+    """A token bucket: `rate` requests a second, of which up to `burst` may come at once."""
+
+    def __init__(self, rate: float, burst: Optional[float] = None,
+                 now: Callable[[], float] = time.monotonic) -> None:
+        """`burst` is twice the rate, and at least 1, unless it is given."""
+        self.rate, self.burst = rate, burst or max(2 * rate, 1.0)
+        self._left, self._now, self._lock = self.burst, now, threading.Lock()
+        self._at = now()
+
+    def wait(self) -> float:
+        """0.0, and one request less is left; else the seconds until there is one.
+
+        It reads a clock of its own: by a time that another thread took earlier it would refuse wrongly.
+        """
+        with self._lock:
+            now = self._now()
+            self._left = min(self.burst, self._left + (now - self._at) * self.rate)
+            self._at = now
+            if self._left >= 1:
+                self._left -= 1
+                return 0.0
+            return (1 - self._left) / self.rate
+
+    def take(self) -> None:
+        """Use up one request. Raises Refusal 429 when there is none."""
+        wait = self.wait()
+        if wait:
+            # draft-ietf-httpapi-ratelimit-headers-10: a quota, and the seconds in which all of it comes back
+            policy = f'"requests";q={self.burst:.0f};w={math.ceil(self.burst / self.rate)}'
+            seconds = str(math.ceil(wait))
+            raise Refusal(429, "Too many requests", note="over the rate", fields={
+                "Retry-After": seconds, "RateLimit-Policy": policy,
+                "RateLimit": f'"requests";r=0;t={seconds}'})
+
+
+class PerAddress:
+    """Something for each sender's address, made when it is met; of IPv6 for each /64, as a sender has a whole
+    one. The one that was met first is forgotten first."""
+
+    def __init__(self, make: Callable[[], Any], most: int = ADDRESSES_KEPT) -> None:
+        self._make, self._most = make, most
+        self._kept: dict = {}
+        self._lock = threading.Lock()
+
+    def of(self, address: str) -> Any:
+        """What there is for an address."""
+        if ":" in address:
+            with contextlib.suppress(ValueError):
+                packed = ipaddress.IPv6Address(address.partition("%")[0]).packed
+                address = packed[:8].hex()
+        with self._lock:
+            found = self._kept.get(address)
+            if found is None:
+                if len(self._kept) >= self._most:
+                    del self._kept[next(iter(self._kept))]
+                found = self._kept[address] = self._make()
+            return found
+
+
+class Strikes:
+    """How often an address was refused in the minute that began with its first refusal."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._began, self._count = now, -REFUSALS_SECONDS, 0
+
+    def left(self) -> float:
+        """Count one more: 0.0, or when there were too many the seconds until the minute is over."""
+        now = self._now()
+        if now - self._began >= REFUSALS_SECONDS:
+            self._began, self._count = now, 0
+        self._count += 1
+        return self._began + REFUSALS_SECONDS - now if self._count > REFUSALS else 0.0
+
+
+class Caller(NamedTuple):
+    """On whose behalf a request is done: the name of a client, "" where nobody is known, and their store."""
+    name: str
+    store: Any
+
+
+NOBODY = Caller("", None)       # of a request that is refused before anybody looked who it is
+
+
+class Client:
+    """An entry of the clients file: who it is, by what it is known, and what it may do."""
+
+    def __init__(self, entry: dict) -> None:
+        """`entry` is valid by the schema. Raises ValueError that begins with the place in it, a JSON Pointer."""
+        self.name, self.tenant, self.roles = entry["name"], entry.get("tenant", ""), frozenset(entry["roles"])
+        self.keys = [bytes.fromhex(text) for text in entry.get("key_sha256", ())]
+        self.proofs = frozenset(PROOFS) & frozenset(entry)
+        if not self.proofs:
+            raise ValueError(f": needs one of {', '.join(PROOFS)}, by which the client is known")
+        self._needs = self.proofs if "require" in entry else frozenset()
+        self.disabled = entry.get("disabled", False)
+        self._networks = _networks_of(entry.get("allow_from", ()), "/allow_from")
+        self._bucket = Bucket(entry["rate"], entry.get("burst")) if "rate" in entry else None
+
+    def is_proven_by(self, proofs: set) -> bool:
+        """Whether these kinds of proof are enough."""
+        return self._needs <= proofs
+
+    def admission(self, role: str) -> Optional[Check]:
+        """What is still to be checked of a request for which the client needs a role; None when nothing."""
+        if self.disabled:
+            return lambda request: _deny("This client is disabled")
+        if not self.roles & {role, "admin"}:
+            return lambda request: _deny(f"This takes the role {role}", "insufficient_scope")
+        steps = [self._check_network] * bool(self._networks)
+        if self._bucket is not None:
+            steps.append(lambda request: self._bucket.take())
+        return _all_of(steps)
+
+    def _check_network(self, request: Any) -> None:
+        if not is_in(request.address, self._networks):
+            _deny("This client may not come from this network")
+
+
+# The members of an entry by which a client can be known, in the order in which they are looked at
+PROOFS = ("key_sha256",)
+Check = Callable[[Any], None]           # of a request; raises Refusal (401, 403, 429, 503)
+
+
+def _deny(reason: str, error: str = "") -> None:
+    """Raise the 403 of a client that is known. Made anew each time: a raised one keeps its traceback."""
+    fields = {"WWW-Authenticate": f'{CHALLENGE}, error="{error}"'} if error else {}
+    raise Refusal(403, reason, fields=fields)
+
+
+def _all_of(steps: list) -> Optional[Check]:
+    """One check that makes all of `steps`, in order."""
+    if len(steps) < 2:
+        return steps[0] if steps else None
+
+    def check(request: Any) -> None:
+        for step in steps:
+            step(request)
+    return check
+
+
+def _networks_of(texts: Iterable, place: str) -> list:
+    """The IP networks in a list. Raises ValueError with the place of the one that is none."""
+    networks = []
+    for index, text in enumerate(texts):
+        try:
+            networks.append(ipaddress.ip_network(text))
+        except ValueError as error:
+            raise ValueError(f"{place}/{index}: must be a network such as 203.0.113.0/24 "
+                             f"({printable(str(error))})") from None
+    return networks
+
+
+def is_in(address: str, networks: Iterable) -> bool:
+    """Whether an address is in one of the networks."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    return any(parsed in network for network in networks)
+
+
+class OpenAccess:
+    """Without a clients file: everybody may do everything, each address at the rate given."""
+
+    def __init__(self, store: Any, rate_limit: float) -> None:
+        self._everybody = Caller("", store)
+        self._limit = _limit_of(rate_limit)
+
+    def judge(self, head: Head, role: str) -> tuple:
+        """As Access.judge()."""
+        return self._everybody, self._limit
+
+
+class Access:
+    """Who may do what, by a clients file."""
+
+    def __init__(self, clients: list, store_of: Callable[[str], Any], rate_limit: float) -> None:
+        """`store_of(tenant)` is a tenant's store; `rate_limit` requests a second for unknown addresses."""
+        self._nobody = Caller("", store_of(""))
+        self._callers = {client: Caller(client.name, store_of(client.tenant)) for client in clients}
+        self._limit = _limit_of(rate_limit)
+        # A look-up by a digest tells nobody by its time how near to a key a guess was
+        self._by_key = {key: client for client in clients for key in client.keys}
+        self._strikes = PerAddress(Strikes)
+
+    def judge(self, head: Head, role: str) -> tuple:
+        """(Caller, Check or None) for a head, of what needs a role. Where the head does not tell who it is,
+        the check finds out, and sets `caller` of the request.
+
+        What is given is kept with the head: it follows from it and from the clients file alone, and whatever
+        depends on the sender's address, on the body or on the time is in the check.
+        """
+        if role == ANYBODY:
+            return self._nobody, self._limit
+        keys = _keys_shown(head)
+        for key in keys:
+            client = self._by_key.get(hashlib.sha256(key.encode("latin-1")).digest())
+            if client is not None and client.is_proven_by({"key_sha256"}):
+                return self._callers[client], client.admission(role)
+        return self._nobody, functools.partial(self._refuse, bool(keys), "authorization" in head.fields)
+
+    def _refuse(self, is_wrong: bool, has_token: bool, request: Any) -> None:
+        """Raise the refusal of somebody who is not known."""
+        if self._limit is not None:
+            self._limit(request)
+        wait = self._strikes.of(request.address).left() if is_wrong else 0.0
+        if wait:
+            raise Refusal(429, "Too many requests with wrong credentials",
+                          fields={"Retry-After": str(math.ceil(wait))})
+        fields = {"WWW-Authenticate": CHALLENGE}
+        if has_token:
+            fields["WWW-Authenticate"] += ', error="invalid_token"'
+        note = "credentials that nobody has" if is_wrong else "no credentials"
+        raise Refusal(401, "Who sends this is not known here", note=note, fields=fields)
+
+
+def _limit_of(rate: float) -> Optional[Check]:
+    """The check of a rate for each address, None without one."""
+    if not rate:
+        return None
+    buckets = PerAddress(lambda: Bucket(rate))
+    return lambda request: buckets.of(request.address).take()
+
+
+def _keys_shown(head: Head) -> list:
+    """The keys that a head shows."""
+    bearer = _BEARER.fullmatch(head.get("authorization"))
+    keys = [bearer[1]] if bearer else []
+    if head.get("x-api-key"):
+        keys.append(head.get("x-api-key"))
+    return keys
+
+
+def read_clients(path: str) -> list:
+    """The Clients of a clients file. Raises SetupError that names file, place and reason."""
+    where = f"clients {path}"
+    check_place("clients", path)
+    try:
+        document = parse_json(Path(path).read_bytes(), sys.maxsize)[0]
+    except (OSError, JSONError) as error:
+        raise SetupError(f"{where}: {reason_of(error)}") from None
+    for problem in Schema(CLIENTS_SCHEMA).errors(document):
+        raise SetupError(f"{where}: {problem.path or '/'}: {problem.message}")
+    clients, taken = [], {}
+    for index, entry in enumerate(document["clients"]):
+        place = f"/clients/{index}"
+        try:
+            client = Client(entry)
+        except ValueError as error:
+            raise SetupError(f"{where}: {place}{error}") from None
+        for one, what in [(client.name.lower(), "name"), *((key, "key") for key in client.keys)]:
+            if taken.setdefault(one, place) != place:
+                raise SetupError(f"{where}: {place} has the {what} of {taken[one]}: who would it be?")
+        clients.append(client)
+    return clients
+
+
+# =============================================================================
 # Endpoints: what each route answers, and by which rules a request reaches it. Knows no socket.
 # =============================================================================
 
@@ -5652,17 +5964,18 @@ class Request(Submission):
     """One request that has been read: by which ruling, its body, who sent it and when.
 
     An endpoint that takes an event leaves it in `event`; it is answered by answer_to_event() once it is on
-    disk. `payload` is what the log shows of a body whose event was refused.
+    disk. `payload` is what the log shows of a body whose event was refused. `refusal` is one that waits for
+    its turn among the answers of its connection.
     """
     __slots__ = ("ruling", "body", "id", "received_at", "started", "address", "connection", "payload",
-                 "digest")
+                 "digest", "caller", "refusal")
 
     def __init__(self, ruling: Ruling, body: bytes, ids: tuple, connection: Any) -> None:
         self.ruling, self.body, self.connection = ruling, body, connection
         self.id, self.received_at = ids
-        self.address = connection.address
+        self.address, self.caller = connection.address, ruling.caller
         self.started = self.arrived = time.monotonic()
-        self.event = self.digest = None
+        self.event = self.digest = self.refusal = None
         self.payload = ""
 
     @property
@@ -5743,6 +6056,7 @@ class Endpoints:
 
     def __init__(self, config: Config, store: Store, log: Log, checks: dict) -> None:
         self.rules: Rules = None
+        self.warnings: list = []        # what /health tells beside its checks
         self.store, self.log, self.checks = store, log, checks
         self.ids, self._date = RequestIds(), PerSecond(http_date)
         self._identical_is_fine = config.duplicates == "ok"
@@ -5750,6 +6064,18 @@ class Endpoints:
         # longer for the interpreter's lock (120 bodies of 1 MiB: a good sender's P99 was 550 ms, and is 100)
         self.heavy = Turns()
         self._stored = self._stored_template()
+
+    def admit(self, request: Request) -> Callable:
+        """The endpoint for a request, once it is known that it may be asked for. Raises Refusal."""
+        ruling = request.ruling
+        try:
+            if ruling.check is not None:
+                ruling.check(request)
+            return ruling.endpoint
+        except Refusal:
+            if ruling.otherwise is None:
+                raise
+            return ruling.otherwise
 
     # -- taking events
 
@@ -5767,7 +6093,8 @@ class Endpoints:
         try:
             value, text = parse_json(request.body)
             request.body = b""  # its text is in the event: a megabyte need not be kept twice
-            request.event = rules.contract.event(value, text, request.received_at, request.address)
+            client = request.caller.name or request.address
+            request.event = rules.contract.event(value, text, request.received_at, client)
         except JSONError as error:
             request.payload = rules.redactor.unreadable(request.body)
             problem = Problem("", "json", str(error))
@@ -5779,6 +6106,8 @@ class Endpoints:
 
     def answer_to_event(self, request: Request, outcome: Outcome) -> Response:
         """The answer to an event after its commit, or after what went wrong."""
+        if request.refusal is not None:
+            return self.refused(request, request.refusal)
         stored_id = outcome.event_id
         if outcome.kind == "stored":
             return stored_response(request.id, stored_id)
@@ -5799,7 +6128,7 @@ class Endpoints:
 
     def show_event(self, request: Request, event_id: int) -> Response:
         """GET /webhook/appointments/{event_id}."""
-        event = self.store.event(event_id)
+        event = request.caller.store.event(event_id)
         if event is None:
             raise Refusal(404, "There is no event with this id")
         return Response(200, event_text(event).encode(), note="read", event_id=event_id)
@@ -5813,7 +6142,7 @@ class Endpoints:
             raise Refusal(406, f"Events come as {', '.join(MEDIA_TYPES)}")
         values = self._values(given)
         wanted = Filter(*map(values.get, Filter._fields))
-        reading = Reading(self.store, self.heavy, wanted, values.get("after", 0))
+        reading = Reading(request.caller.store, self.heavy, wanted, values.get("after", 0))
         limit = values.get("limit")
         if media_type == "application/json":
             if limit is not None and limit > MAX_LIMIT:
@@ -5851,15 +6180,25 @@ class Endpoints:
         """GET /health."""
         return self._health(self.checks)
 
+    def ready_status(self, request: Request) -> Response:
+        """GET /health/ready for who may not see what is checked."""
+        return _status_of(self.ready(request))
+
+    def health_status(self, request: Request) -> Response:
+        """GET /health for who may not see what is checked."""
+        return _status_of(self.health(request))
+
     def _health(self, checks: dict) -> Response:
         ends_at, found = time.monotonic() + HEALTH_SECONDS, {}
         for check in checks.values():                   # all begin before the first is waited for
             check(0.0)
         for name, check in checks.items():
             found[name] = check(max(0.0, ends_at - time.monotonic()))
+        more = {"warnings": self.warnings} if self.warnings else {}
         if all(one["status"] == "ok" for one in found.values()):
-            return json_response({"status": "ok", "checks": found})
-        return json_response({"status": "failing", "checks": found}, 503, fields=RETRY_AFTER, note="failing")
+            return json_response({"status": "ok", "checks": found, **more})
+        return json_response({"status": "failing", "checks": found, **more}, 503, fields=RETRY_AFTER,
+                             note="failing")
 
     def show_schema(self, request: Request) -> Response:
         """GET /schema.json."""
@@ -5932,12 +6271,21 @@ class Endpoints:
         payload = request.payload
         if event is not None:
             payload = self.rules.redactor.event(event)
+        who = request.address
+        if request.caller.name:
+            who = f"{request.caller.name} address={who}"
         seconds = time.monotonic() - request.started
         self.log.request(level, time.time(), request.id, ruling.method, ruling.pattern, status, note,
-                         event_id, seconds, request.address, payload)
+                         event_id, seconds, who, payload)
 
 
 NEEDED = ("database", "disk", "service")        # the checks of /health/ready
+
+
+def _status_of(health: Response) -> Response:
+    """A Response of /health without its checks."""
+    status = json.loads(health.body)["status"]
+    return json_response({"status": status}, health.status, fields=health.fields, note=health.note)
 
 
 def stored_response(request_id: str, event_id: Any) -> Response:
@@ -5990,26 +6338,30 @@ def csv_lines(events: list) -> bytes:
 class Route(NamedTuple):
     """A row of the table of routes; {event_id} in a path stands for a number, given to the endpoint.
 
-    `reads`: it reads events, of which only few are under way at once.
+    `role` is what the caller needs, and `otherwise` the endpoint for who has not got it. `reads`: it reads
+    events, of which only few are under way at once.
     """
     method: str
     path: str
     endpoint: str
+    role: str
     summary: str
     reads: bool = False
+    otherwise: str = ""
 
 
 ROUTES = (
-    Route("POST", "/webhook/appointments", "receive_event", "take one event"),
-    Route("GET", "/webhook/appointments", "list_events", "stored events", True),
-    Route("GET", "/webhook/appointments/{event_id}", "show_event", "one stored event", True),
-    Route("GET", "/health", "health", "all that is checked: database, disk, on_event"),
-    Route("GET", "/health/live", "live", "the process answers"),
-    Route("GET", "/health/ready", "ready", "events can be taken"),
-    Route("GET", "/schema.json", "show_schema", "what an event looks like"),
+    Route("POST", "/webhook/appointments", "receive_event", "sender", "take one event"),
+    Route("GET", "/webhook/appointments", "list_events", "reader", "stored events", reads=True),
+    Route("GET", "/webhook/appointments/{event_id}", "show_event", "reader", "one stored event", reads=True),
+    Route("GET", "/health", "health", "operator", "all that is checked: database, disk, on_event",
+          otherwise="health_status"),
+    Route("GET", "/health/live", "live", ANYBODY, "the process answers"),
+    Route("GET", "/health/ready", "ready", "operator", "events can be taken", otherwise="ready_status"),
+    Route("GET", "/schema.json", "show_schema", ANYBODY, "what an event looks like"),
 )
-OPTIONS = Route("OPTIONS", "*", "options", "what a path takes")
-UNMATCHED = Route("-", "-", "", "what no route is for")
+OPTIONS = Route("OPTIONS", "*", "options", ANYBODY, "what a path takes")
+UNMATCHED = Route("-", "-", "", ANYBODY, "what no route is for")
 PATHS = tuple((route, re.compile(re.escape(route.path).replace(r"\{event_id\}", "([0-9]{1,18})")))
               for route in ROUTES)
 
@@ -6051,11 +6403,16 @@ class Ruling:
     """What we do with every request that has one head: its route and endpoint, or its refusal.
 
     A ruling follows from the bytes of the head and the Rules alone, since equal bytes from elsewhere get the
-    same one. `ordinary`: a small event on a connection that stays open, which the poller may take. `method`
-    and `pattern` are what the log says of the request: never what was sent.
+    same one. `check` is what has to be asked anew of each request, for which `caller` is who the head says
+    that it is; `otherwise` is the endpoint of who may not use `endpoint`. `ordinary`: a small event on a
+    connection that stays open, which the poller may take. `method` and `pattern` are what the log says of the
+    request: never what was sent.
     """
     route, arguments = UNMATCHED, ()
     endpoint: Optional[Callable] = None
+    otherwise: Optional[Callable] = None
+    caller = NOBODY
+    check: Optional[Check] = None
     refusal: Optional[Refusal] = None
     ordinary = False
     method = pattern = "-"
@@ -6068,9 +6425,10 @@ class Rules:
     """What an operator may change while we run: the contract, who may reach us. Exchanged as a whole."""
 
     def __init__(self, config: Config, contract: Contract, schema_text: bytes, redactor: Redactor,
-                 endpoints: Endpoints, loopback: bool) -> None:
+                 access: Union[OpenAccess, Access], endpoints: Endpoints, loopback: bool) -> None:
         """`loopback`: only this machine can reach us."""
         self.contract, self.schema_text, self.redactor = contract, schema_text, redactor
+        self.access = access
         self.limits = Limits(config.max_request_line, config.max_header_bytes, config.max_header_fields,
                              config.max_body)
         self._config, self._endpoints, self._loopback = config, endpoints, loopback
@@ -6128,13 +6486,17 @@ class Rules:
             ruling.route = OPTIONS
         else:
             ruling.route, ruling.arguments = match_route(head.method, head.path)
-        ruling.endpoint = getattr(self._endpoints, ruling.route.endpoint)
+        route = ruling.route
+        ruling.endpoint = getattr(self._endpoints, route.endpoint)
+        if route.otherwise:
+            ruling.otherwise = getattr(self._endpoints, route.otherwise)
+        ruling.caller, ruling.check = self.access.judge(head, route.role)
         if head.method == "POST" and head.length is None and not head.chunked:
             # A sender who forgot the length may send a body all the same: it must not pass for a request
             raise Malformed(411, "Content-Length is missing")
         if head.get("content-encoding", "identity").lower() != "identity":
             raise Refusal(415, "The body must not be compressed", fields={"Accept-Encoding": "identity"})
-        ruling.ordinary = (ruling.route.endpoint == "receive_event" and head.length is not None and
+        ruling.ordinary = (route.endpoint == "receive_event" and head.length is not None and
                            head.length <= ORDINARY_BODY and head.keep_alive and head.http11 and
                            not ruling.answer_fields)
 
@@ -6273,12 +6635,13 @@ class Outbox:
     events.
 
     The reading thread counts up `promised`, and who commits counts up `sent`: each is written by one thread
-    at a time.
+    at a time. All that is owed is owed to one `store`, as the answers of two would overtake each other.
     """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.promised = self.sent = 0
+        self.store: Optional[Store] = None
         # held until nothing is owed, for a thread that waits for that
         self._settled: Optional[threading.Lock] = None
         self._late: Optional[bytearray] = None          # what did not fit into the socket's buffer
@@ -6290,6 +6653,12 @@ class Outbox:
     def is_full(self) -> bool:
         """Whether so much is outstanding that nothing more is read before it is sent."""
         return self.promised - self.sent > MAX_PIPELINED or self._late_thread is not None
+
+    def promise(self, store: Store) -> None:
+        """Count one answer more, which follows a commit of `store`. For the thread that reads, when nothing is
+        owed to another store."""
+        self.promised += 1
+        self.store = store
 
     def is_stuck(self, now: float, seconds: float) -> bool:
         """Whether the peer has taken nothing of a late answer for `seconds`."""
@@ -6396,16 +6765,16 @@ class Poller:
 
     def _run(self) -> None:
         poll, connections, take = self._epoll.poll, self._connections, self._take
-        lead, stop = self._endpoints.store.lead, self._wake_receiver.fileno()
+        stop = self._wake_receiver.fileno()
         while True:
-            group: list = []
+            groups: dict = {}           # {store: what it has to commit}
             for descriptor, _ in poll(-1, LOOK):
                 if descriptor == stop:
                     return
                 connection, data = connections[descriptor], b""
                 try:
                     data = connection.socket.recv(PIECE, socket.MSG_DONTWAIT)
-                    if take(connection, data, group):
+                    if take(connection, data, groups):
                         continue
                 except BlockingIOError:
                     continue
@@ -6414,14 +6783,15 @@ class Poller:
                 self._epoll.unregister(descriptor)
                 del connections[descriptor]
                 connection.inbox.hand_over(data)
-            if group:
+            for store, group in groups.items():
                 try:
-                    lead(group)
+                    store.lead(group)
                 except Exception:       # a bug: all other connections go on
                     self._endpoints.log.exception("Unexpected error while events were committed")
 
-    def _take(self, connection: Connection, data: bytes, group: list) -> bool:
-        """Put the one ordinary event in `data` into the group, or refuse it; False for anything else."""
+    def _take(self, connection: Connection, data: bytes, groups: dict) -> bool:
+        """Put the one ordinary event in `data` into the group of its store, or refuse it; False for anything
+        else."""
         endpoints, outbox = self._endpoints, connection.outbox
         end = data.find(b"\r\n\r\n") + 4
         if not 3 < end <= HEAD_KEPT_BYTES:
@@ -6435,18 +6805,23 @@ class Poller:
         request = Request(ruling, data[end:], endpoints.ids.next(), connection)
         connection.since = request.started
         try:
+            if ruling.check is not None:
+                ruling.check(request)
             endpoints.receive_event(request)
         except Refusal as refusal:
-            if owes:                    # what came before has to be answered before
-                return False
-            outbox.promised += 1
-            connection.deliver(request, Outcome("failed", error=refusal))
-            return True
-        outbox.promised += 1
+            request.refusal = refusal
+        store = request.caller.store
+        if owes and request.refusal is not None:
+            store = outbox.store        # there it marks its place behind what came before
+        elif owes and store is not outbox.store:
+            return False
+        outbox.promise(store)
         if owes:
-            endpoints.store.submit(request)
+            store.submit(request)
+        elif request.refusal is not None:
+            connection.deliver(request, PASSED)
         else:
-            group.append(request)
+            groups.setdefault(store, []).append(request)
         return True
 
 
@@ -6496,8 +6871,8 @@ class Inbox:
         end = buffer.find(b"\r\n\r\n") + 4
         if end == 3 or buffer[0] == 13:
             buffer, end = self._more_head(buffer)
-        request.ruling = ruling = self._endpoints.rules.ruling(buffer[:end])
-        head = ruling.head
+        ruling = self._endpoints.rules.ruling(buffer[:end])
+        request.ruling, request.caller, head = ruling, ruling.caller, ruling.head
         if ruling.refusal is not None:
             self._buffer = buffer[end:]
             return
@@ -6693,17 +7068,21 @@ class Connection(BaseHTTPRequestHandler):
         direct = ruling.ordinary and SENDS_AT_ONCE and not self.server.draining
         if not direct:
             self.outbox.settle()                        # a pipelined reader sees what was sent before it
+        endpoint = self.endpoints.admit(request)
         if ruling.route.reads:
             self.hold(self.server.reads, 1, "Too many reads are under way; try again")
-        response = ruling.endpoint(request, *ruling.arguments)
+        response = endpoint(request, *ruling.arguments)
         if response is not None:
             return response
         request.arrived = time.monotonic()
+        store = request.caller.store
         if direct:
-            self.outbox.promised += 1
-            self.endpoints.store.submit(request)
+            if store is not self.outbox.store:
+                self.outbox.settle()
+            self.outbox.promise(store)
+            store.submit(request)
             return None
-        outcome = self.endpoints.store.add(request.event, request.digest)
+        outcome = store.add(request.event, request.digest)
         return self.endpoints.answer_to_event(request, outcome)
 
     def hold(self, budget: Budget, amount: int, message: str, close: bool = False) -> None:
@@ -7295,6 +7674,48 @@ def _disk_found(disk: Checkup, wait: float) -> dict:
     return found or check_of("")
 
 
+class FilesRead(NamedTuple):
+    """What the files say that an operator may change while the service runs; no `clients` in open mode."""
+    contract: Contract
+    schema_text: bytes
+    clients: Optional[list]
+    warnings: list
+
+    def summary(self) -> str:
+        """In a few words, for the log."""
+        return f"schema and {len(self.clients)} clients" if self.clients is not None else "schema"
+
+
+def read_files(config: Config) -> FilesRead:
+    """All of them, or none. Raises SetupError that names file, place and reason."""
+    contract, schema_text, warnings = read_schema(config.schema)
+    clients = None
+    if config.clients:
+        clients = read_clients(config.clients)
+        warnings += warn_if_others_can_read("clients", config.clients)
+    return FilesRead(contract, schema_text, clients, warnings)
+
+
+def warn_if_others_can_read(name: str, path: PathText) -> list:
+    """A warning, in a list, about a file with secrets that others than its owner can read."""
+    if os.name != "posix" or not os.stat(path).st_mode & 0o077:
+        return []
+    return [f"{name} {path}: others than its owner can read or write it; chmod 600 {path}"]
+
+
+def warnings_of_open_door(config: Config, loopback: bool) -> list:
+    """What to warn of where other machines can connect. Raises SetupError where nothing says who of them may
+    do what, and that was not asked for."""
+    if loopback or config.clients and (getattr(config, "tls_cert", "") or getattr(config, "trusted_proxy", ())):
+        return []
+    if config.insecure:
+        return ["Other machines can connect, and what they send is not kept from others, or nobody is asked who "
+                "they are (insecure): use clients, with tls_cert or trusted_proxy"]
+    raise SetupError(f"host {config.host}: other machines can connect to it, so it takes --clients FILE (who may "
+                     "do what) with --tls-cert FILE (HTTPS) or --trusted-proxy NETWORK (a proxy that speaks it), "
+                     "or else --insecure")
+
+
 class WebhookServer:
     """The whole service, to be embedded or run by the command line.
 
@@ -7316,7 +7737,8 @@ class WebhookServer:
         config.check_files()
         # The readers open the file later: by then the program around us may be in another folder
         self.config = config = dataclasses.replace(config, database=os.path.abspath(config.database))
-        contract, schema_text, self.warnings = read_schema(config.schema)   # the log gets them at start
+        self._files = read_files(config)
+        self.warnings = self._files.warnings        # the log gets them at start
         self.log = Log(_sink_of(config, logger), config.log_level, config.log_payloads)
         self._callbacks: Optional[Callbacks] = None
         on_stored = None
@@ -7325,8 +7747,6 @@ class WebhookServer:
             on_stored = self._callbacks.put
         self.store = Store(SQLite(config.database), config.busy_timeout, on_stored, self._tell_trouble,
                            self._tell_bug)
-        self._make_rules = functools.partial(Rules, config, contract, schema_text,
-                                             Redactor(config.log_payloads))
         self._endpoints = Endpoints(config, self.store, self.log, self._checks())
         self._clock = Clock(self._tell_bug)
         self._server: Optional[Server] = None
@@ -7371,14 +7791,15 @@ class WebhookServer:
         # the port first: a busy one must not touch the database
         server = Server(self.config, self._endpoints)
         running.callback(server.server_close)
-        self._endpoints.rules = self._make_rules(self._endpoints, server.loopback)
+        self._endpoints.warnings = warnings_of_open_door(self.config, server.loopback)
+        self._endpoints.rules = self._make_rules(self._files, server.loopback)
         running.callback(self._say_stopped)
         if self._callbacks is not None:
             running.callback(self._callbacks.stop, self.config.shutdown_timeout, self._tell_wait)
         running.callback(self.store.stop)
         self.store.open()
         self.log.start()
-        for warning in self.warnings + self.store.engine.notes:
+        for warning in self.warnings + self._endpoints.warnings + self.store.engine.notes:
             self.log.line("WARNING", warning)
         if self._callbacks is not None:
             self._callbacks.start()
@@ -7391,9 +7812,30 @@ class WebhookServer:
         self._server = server
         self.log.line("INFO", f"Service started on {server.url}, database {self.config.database} "
                               f"({self._contents()})")
-        if not server.loopback:
-            self.log.line("WARNING", "Other machines can reach this service, and it asks nobody who they "
-                                     "are: let a proxy or a firewall decide who may send and read")
+
+    def _make_rules(self, files: FilesRead, loopback: bool) -> Rules:
+        access: Any = OpenAccess(self.store, self.config.rate_limit)
+        if files.clients is not None:
+            access = Access(files.clients, lambda tenant: self.store, self.config.rate_limit)
+        redactor = Redactor(self.config.log_payloads)
+        return Rules(self.config, files.contract, files.schema_text, redactor, access, self._endpoints, loopback)
+
+    def reload(self) -> bool:
+        """Read schema and clients file anew, all or none, and go on in a new log file where the old one was
+        moved away. Whether they could be taken: what is wrong is an ERROR in the log, and the old ones go
+        on."""
+        self.log.reopen()
+        server = self._bound()
+        try:
+            files = read_files(self.config)
+        except SetupError as error:
+            self.log.line("ERROR", f"Nothing was reloaded, the settings of before go on: {error}")
+            return False
+        for warning in files.warnings:
+            self.log.line("WARNING", warning)
+        self._endpoints.rules = self._make_rules(files, server.loopback)
+        self.log.line("INFO", f"Reloaded: {files.summary()}")
+        return True
 
     def _checks(self) -> dict:
         """The checks of /health: each takes the seconds that it may wait."""
@@ -7536,14 +7978,19 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         about = field.metadata
         if about["group"]:
             group = parser.add_argument_group(about["group"])
-        default = "" if field.default in ("", ()) else f" (default: {field.default})"
-        action = "append" if field.default == () else "store"
-        group.add_argument(flag_of(field.name), dest=field.name, metavar=about["metavar"], action=action,
+        default, how = f" (default: {field.default})", {"metavar": about["metavar"]}
+        if field.default is False:                      # a flag alone
+            default, how = "", {"action": "store_const", "const": "yes"}
+        elif field.default == ():
+            default, how["action"] = "", "append"
+        elif field.default == "":
+            default = ""
+        group.add_argument(flag_of(field.name), dest=field.name, **how,
                            help=(about["help"] + default).replace("%", "%%"))
 
 
 def run_serve(options: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; a second one exits at once. SIGHUP reopens the log."""
+    """Serve until SIGTERM or SIGINT; a second one exits at once. SIGHUP reloads."""
     config = Config.read(vars(options), dict(os.environ))
     _raise_file_limit(config.max_connections)
     server = WebhookServer(config)
@@ -7559,7 +8006,7 @@ def run_serve(options: argparse.Namespace) -> int:
             os._exit(128 + number)
 
     _handle(("SIGTERM", "SIGINT", "SIGBREAK"), on_stop)
-    _handle(("SIGHUP",), lambda number, frame: wake.put("reopen"))
+    _handle(("SIGHUP",), lambda number, frame: wake.put("reload"))
     with server:
         try:
             print(f"Listening on {server.url}", flush=True)
@@ -7570,8 +8017,8 @@ def run_serve(options: argparse.Namespace) -> int:
         gc.freeze()                                     # no search for garbage in what lives as long as we
         while not came:
             with contextlib.suppress(queue.Empty):      # Windows takes no Ctrl-C in an endless wait
-                if wake.get(timeout=1) == "reopen":
-                    server.reopen_log()
+                if wake.get(timeout=1) == "reload":
+                    server.reload()
     return EXIT_FINE
 
 
@@ -7766,6 +8213,41 @@ def _post(address: Any, body: bytes) -> tuple:
         return answer.status, answer.read()
 
 
+# -- keygen
+
+def _add_keygen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--client", metavar="NAME", help="print a key for this client, and its entry")
+    parser.add_argument("--role", action="append", metavar="ROLE",
+                        help=f"what the client may do: {', '.join(ROLES)} (repeat; default: sender)")
+    parser.add_argument("--tenant", help="whose database the client uses")
+    parser.add_argument("--signing", action="store_true", help="print a secret for the profile standard")
+    parser.add_argument("--encryption", action="store_true", help="print a line for --encryption-key-file")
+
+
+def run_keygen(options: argparse.Namespace) -> int:
+    """Print a fresh secret, and for a client the entry of the clients file that goes with it."""
+    wanted = [options.client is not None, options.signing, options.encryption]
+    if sum(wanted) != 1:
+        raise SetupError("keygen: takes one of --client NAME, --signing and --encryption")
+    if options.client is None and (options.role or options.tenant):
+        raise SetupError("keygen: --role and --tenant go with --client NAME")
+    if options.signing:
+        print(f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}")
+    elif options.encryption:
+        day = datetime.now(timezone.utc).strftime("%Y%m%d")
+        print(f"key-{day}-{secrets.token_hex(2)}:{base64.b64encode(secrets.token_bytes(32)).decode()}")
+    else:
+        key = KEY_PREFIX + secrets.token_urlsafe(32)
+        entry = {"name": options.client, "tenant": options.tenant, "roles": options.role or ["sender"],
+                 "key_sha256": [hashlib.sha256(key.encode()).hexdigest()]}
+        entry = {name: value for name, value in entry.items() if value is not None}
+        for problem in Schema(CLIENT_SCHEMA).errors(entry):
+            raise SetupError(f"keygen: {problem.message}")
+        print(key)
+        print(json.dumps(entry))
+    return EXIT_FINE
+
+
 # -- bench
 
 BENCH_HEAD = """\
@@ -7936,7 +8418,8 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("serve", run_serve, "take events; the command when none is given",
             "Take events until SIGTERM or Ctrl-C; what is in flight is still answered. A\n"
-            "second one ends it at once. SIGHUP only reopens the log file.",
+            "second one ends it at once. SIGHUP reads schema and clients file anew, and\n"
+            "reopens the log file.",
             add_settings, "webhook_server.py [serve] [SETTINGS]"),
     Command("check", run_check, "tell which events in files would be refused, and why",
             "Validate events in JSON (one event, or an array of them) or NDJSON (one on\n"
@@ -7947,6 +8430,11 @@ COMMANDS = (
             "Post a test event, or the one in FILE, and print status and body of the\n"
             "answer. Exit 0: it was taken (2xx), 1: it was not.",
             _add_send),
+    Command("keygen", run_keygen, "make a key for a client, a signing secret or an encryption key",
+            "Print a fresh key for a client, which the client sends as 'Authorization:\n"
+            "Bearer KEY', and the entry of the clients file that knows it by its SHA-256\n"
+            "alone. Or a fresh secret. It is printed once and kept nowhere.",
+            _add_keygen),
     Command("bench", run_bench, "measure how fast it is on this machine",
             "Start a server on a temporary database, load it from another process, print\n"
             "requests a second and latencies, and compare the rows in the database with\n"
