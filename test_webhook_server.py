@@ -5865,6 +5865,19 @@ class SignatureTest(unittest.TestCase):
                                   ({field: "1" for field in fields if field != header}, False)):
                 self.assertIs(scheme.is_shown(self.head(shown)), wanted)
 
+    def test_svix_names_are_those_of_the_standard_only(self):
+        standard = self.scheme(STANDARD_SECRET, profile="standard")
+        self.assertEqual(self.problem(standard, {}), "webhook-signature is missing")
+        key = base64.b64decode(STANDARD_SECRET[6:])
+        fields = signed_standard(key, BODY, SENT_AT, names="svix")
+        mixed = {**fields, "webhook-signature": "v1,"}              # the standard's own names go first, and none are mixed
+        self.assertEqual(self.problem(standard, mixed), "webhook-id is missing")
+        self.assertEqual(self.problem(standard, {**mixed, **signed_standard(key, BODY, SENT_AT)}), "")
+        zocdoc = self.scheme(base64_of(key), profile="zocdoc")
+        fields = {name.replace("webhook", "svix"): value for name, value in signed_zocdoc(key, BODY, SENT_AT).items()}
+        self.assertFalse(zocdoc.is_shown(self.head(fields)))
+        self.assertEqual(self.problem(zocdoc, fields), "webhook-signature is missing")
+
     # -- attacks
 
     def test_garbage_is_refused_in_words_of_our_own_and_never_raises(self):

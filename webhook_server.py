@@ -5759,8 +5759,9 @@ class SignatureScheme:
         if not candidates:
             return "the signature header cannot be read"
         values = {"id": fields.get(id_header), "timestamp": fields.get(timestamp_header)}
-        if self._timestamp_prefix:
-            values["timestamp"] = self._time_among(pieces)
+        prefix = self._timestamp_prefix
+        if prefix:                              # of two times comes what cannot be read as one
+            values["timestamp"] = ",".join(piece[len(prefix):] for piece in pieces if piece.startswith(prefix))
         if values["timestamp"] is not None:
             problem = self._problem_of_time(values["timestamp"], now)
             if problem:
@@ -5784,11 +5785,6 @@ class SignatureScheme:
         length, prefixes = self._length, self._prefixes
         return [self._fold(piece[-length:]) for piece in pieces
                 if len(piece) >= length and piece[:-length] in prefixes and piece.isascii()]
-
-    def _time_among(self, pieces: list) -> str:
-        """The time that stands beside the signatures. What cannot be read as one where there are two."""
-        prefix = self._timestamp_prefix
-        return ",".join(piece[len(prefix):] for piece in pieces if piece.startswith(prefix))
 
     def _problem_of_time(self, text: str, now: float) -> str:
         if len(text) > LONGEST_TIMESTAMP or not (text.isascii() and text.isdigit()):
