@@ -8172,8 +8172,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP", "Endpoints",
-         "Connections", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP",
+         "Credentials", "Endpoints", "Connections", "Service", "Command line")
 
 
 def can_connect(port):
