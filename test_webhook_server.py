@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import errno
 import functools
 import gc
 import hashlib
+import hmac
 import http.client
 import inspect
 import io
@@ -32,6 +34,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import weakref
 from collections import Counter
@@ -5530,6 +5533,580 @@ class ChunkedTest(unittest.TestCase):
 
 
 # =============================================================================
+# Credentials
+# =============================================================================
+
+SENT_AT = 1750000000            # the present in the tests of signatures, in Unix seconds
+BODY = json.dumps(event()).encode()
+STANDARD_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def base64_of(data):
+    return base64.b64encode(data).decode()
+
+
+def hmac_of(key, *parts):
+    """Written apart from the product: keyed anew, over one whole message."""
+    return hmac.new(key, b"".join(parts), hashlib.sha256).digest()
+
+
+def signed_standard(key, body, at, names="webhook"):
+    digest = hmac_of(key, b"msg_1.%d." % at, body)
+    return {f"{names}-id": "msg_1", f"{names}-timestamp": str(at), f"{names}-signature": "v1," + base64_of(digest)}
+
+
+def signed_zocdoc(key, body, at, version="v1"):
+    digest = hmac_of(key, b"%d." % at, body)
+    return {"webhook-timestamp": str(at), "webhook-signature": f"{version}:{base64_of(digest)}"}
+
+
+def signed_stripe(key, body, at, header="stripe-signature"):
+    return {header: f"t={at},v1={hmac_of(key, b'%d.' % at, body).hex()}"}
+
+
+def signed_v0(key, body, at, header, time_header):
+    return {time_header: str(at), header: "v0=" + hmac_of(key, b"v0:%d:" % at, body).hex()}
+
+
+SLACK = {"header": "X-Slack-Signature", "timestamp_header": "X-Slack-Request-Timestamp", "prefix": "v0=",
+         "encoding": "hex", "template": "v0:{timestamp}:{body}"}
+ZOOM = {**SLACK, "header": "x-zm-signature", "timestamp_header": "x-zm-request-timestamp"}
+
+# How each sender signs: settings without secrets, a key as a secret, and the fields of a request with a signature
+SENDERS = {
+    "standard": ({"profile": "standard"}, lambda key: "whsec_" + base64_of(key), signed_standard),
+    "svix": ({"profile": "standard"}, lambda key: "whsec_" + base64_of(key),
+             functools.partial(signed_standard, names="svix")),
+    "github": ({"profile": "github"}, bytes.decode,
+               lambda key, body, at: {"x-hub-signature-256": "sha256=" + hmac_of(key, body).hex()}),
+    "websub": ({"profile": "websub"}, bytes.decode,
+               lambda key, body, at: {"x-hub-signature": "sha256=" + hmac_of(key, body).hex()}),
+    "stripe": ({"profile": "stripe"}, bytes.decode, signed_stripe),
+    "calendly": ({"profile": "stripe", "header": "Calendly-Webhook-Signature"}, bytes.decode,
+                 functools.partial(signed_stripe, header="calendly-webhook-signature")),
+    "zocdoc": ({"profile": "zocdoc"}, base64_of, signed_zocdoc),
+    "zocdoc's second": ({"profile": "zocdoc"}, base64_of, functools.partial(signed_zocdoc, version="v2")),
+    "acuity": ({"profile": "acuity"}, bytes.decode,
+               lambda key, body, at: {"x-acuity-signature": base64_of(hmac_of(key, body))}),
+    "calcom": ({"profile": "calcom"}, bytes.decode,
+               lambda key, body, at: {"x-cal-signature-256": hmac_of(key, body).hex()}),
+    "slack": (SLACK, bytes.decode,
+              functools.partial(signed_v0, header="x-slack-signature", time_header="x-slack-request-timestamp")),
+    "zoom": (ZOOM, bytes.decode,
+             functools.partial(signed_v0, header="x-zm-signature", time_header="x-zm-request-timestamp")),
+    "hex key, body first": ({"header": "x-sig", "timestamp_header": "x-time", "encoding": "base64", "key": "hex",
+                             "template": "{body}\n{timestamp}%"}, bytes.hex,
+                            lambda key, body, at: {"x-time": str(at), "x-sig": base64_of(
+                                hmac_of(key, body, b"\n%d%%" % at))}),
+}
+
+
+class SignatureTest(unittest.TestCase):
+    schema = Schema(receiver.SIGNATURE_SCHEMA)
+
+    def scheme(self, *secrets, **settings):
+        """A scheme whose settings the schema takes as well."""
+        settings["secrets"] = list(secrets)
+        self.assertEqual(self.schema.errors(settings), [])
+        return receiver.SignatureScheme(settings)
+
+    def head(self, fields):
+        head = receiver.Head()
+        head.fields = fields
+        return head
+
+    def problem(self, scheme, fields, body=BODY, now=SENT_AT):
+        return scheme.problem(self.head(fields), body, now)
+
+    def each_sender(self):
+        """(name, secret_of, sign, new scheme(*secrets)) of all, each as a subTest."""
+        for name, (settings, secret_of, sign) in SENDERS.items():
+            with self.subTest(name):
+                yield name, secret_of, sign, functools.partial(self.scheme, **settings)
+
+    # -- what senders themselves publish
+
+    def test_the_example_of_standard_webhooks(self):
+        for names in ("webhook", "svix"):
+            fields = {f"{names}-id": "msg_p5jXN8AQM9LWM0D4loKWxJek", f"{names}-timestamp": "1614265330",
+                      f"{names}-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="}
+            scheme = self.scheme(STANDARD_SECRET, profile="standard")
+            self.assertEqual(self.problem(scheme, fields, b'{"test": 2432232314}', 1614265330), "")
+            self.assertEqual(self.problem(scheme, fields, b'{"test": 2432232315}', 1614265330), "no signature fits")
+
+    def test_the_example_of_github(self):
+        fields = {"x-hub-signature-256":
+                  "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"}
+        scheme = self.scheme("It's a Secret to Everybody", profile="github")
+        self.assertEqual(self.problem(scheme, fields, b"Hello, World!"), "")
+        self.assertEqual(self.problem(scheme, fields, b"Hello, world!"), "no signature fits")
+
+    def test_the_example_of_slack(self):
+        body = (b"token=xyzz0WbapA4vBCDEFasx0q6G&team_id=T1DC2JH3J&team_domain=testteamnow&channel_id=G8PSS9T3V"
+                b"&channel_name=foobar&user_id=U2CERLKJA&user_name=roadrunner&command=%2Fwebhook-collect&text="
+                b"&response_url=https%3A%2F%2Fhooks.slack.com%2Fcommands%2FT1DC2JH3J%2F397700885554%2F"
+                b"96rGlfmibIGlgcZRskXaIFfN&trigger_id=398738663015.47445629121.803a0bc887a14d10d2c447fce8b6703c")
+        fields = {"x-slack-request-timestamp": "1531420618", "x-slack-signature":
+                  "v0=a2114d57b48eac39b9ad189dd8316235a7b4a8d21a10bd27519666489c69b503"}
+        scheme = self.scheme("8f742231b10e8888abcd99yyyzzz85a5", **SLACK)
+        self.assertEqual(self.problem(scheme, fields, body, 1531420618), "")
+        self.assertEqual(self.problem(scheme, fields, body + b"&", 1531420618), "no signature fits")
+
+    def test_the_example_key_of_zocdoc_whose_last_bits_a_strict_decoder_would_refuse(self):
+        secret = "g9Y9hjTUk9KKH7ffBRbtRmJYo2OISsdMK4flbfDa3zR="
+        fields = signed_zocdoc(base64.b64decode(secret), BODY, SENT_AT)
+        self.assertEqual(self.problem(self.scheme(secret, profile="zocdoc"), fields), "")
+
+    # -- every sender
+
+    def test_every_senders_signature_is_taken_and_no_change_of_it(self):
+        for name, secret_of, sign, new_scheme in self.each_sender():
+            scheme, fields = new_scheme(secret_of(b"k" * 24)), sign(b"k" * 24, BODY, SENT_AT)
+            self.assertEqual(self.problem(scheme, fields), "")
+            self.assertEqual(self.problem(scheme, fields, bytearray(BODY)), "")
+            for body in (BODY + b" ", BODY[:-1], b"", BODY.replace(b"PAT-1", b"PAT-2")):
+                self.assertEqual(self.problem(scheme, fields, body), "no signature fits")
+            self.assertEqual(self.problem(new_scheme(secret_of(b"K" * 24)), fields), "no signature fits")
+            for field, value in fields.items():
+                for at in range(len(value)):
+                    changed = {**fields, field: value[:at] + chr(ord(value[at]) ^ 1) + value[at + 1:]}
+                    self.assertNotEqual(self.problem(scheme, changed), "", changed)
+                    self.assertNotEqual(self.problem(scheme, {**fields, field: value[:at] + value[at + 1:]}), "")
+
+    def test_a_part_that_is_missing_is_named(self):
+        for name, secret_of, sign, new_scheme in self.each_sender():
+            fields = sign(b"k" * 24, BODY, SENT_AT)
+            for field in fields:
+                others = {other: value for other, value in fields.items() if other != field}
+                found = self.problem(new_scheme(secret_of(b"k" * 24)), others)
+                self.assertEqual(found.replace("svix", "webhook"), f"{field} is missing".replace("svix", "webhook"))
+                self.assertEqual(self.problem(new_scheme(secret_of(b"k" * 24)), {**others, field: ""}),
+                                 f"{field} is missing")
+
+    def test_another_version_or_algorithm_is_no_signature(self):
+        good = {name: sign(b"k" * 24, BODY, SENT_AT) for name, (_, _, sign) in SENDERS.items()}
+        for name, wrong in (("standard", "v1a,"), ("standard", "v2,"), ("standard", "V1,"), ("standard", ""),
+                            ("github", "sha1="), ("websub", "sha1="), ("websub", "sha512="), ("github", "sha256:"),
+                            ("stripe", "v0="), ("zocdoc", "v3:"), ("slack", "v1="), ("acuity", "v1,"),
+                            ("calcom", "sha256=")):
+            with self.subTest(name, prefix=wrong):
+                settings, secret_of, _ = SENDERS[name]
+                scheme = self.scheme(secret_of(b"k" * 24), **settings)
+                prefix = scheme._prefixes[0]
+                fields = {field: value.replace(prefix, wrong) if prefix else wrong + value
+                          for field, value in good[name].items()}
+                self.assertEqual(self.problem(scheme, fields), "the signature header cannot be read")
+        sha1 = {"x-hub-signature": "sha1=" + hmac.new(b"k", BODY, hashlib.sha1).hexdigest()}
+        self.assertEqual(self.problem(self.scheme("k", profile="websub"), sha1),
+                         "the signature header cannot be read")
+        self.assertEqual(self.problem(self.scheme("k", profile="calcom"), {"x-cal-signature-256": "no-secret-provided"}),
+                         "the signature header cannot be read")
+
+    def test_while_a_secret_is_changed_the_old_and_the_new_one_both_fit(self):
+        for name, secret_of, sign, new_scheme in self.each_sender():
+            scheme = new_scheme(secret_of(b"old" * 9), secret_of(b"new" * 9))
+            for key, wanted in ((b"old" * 9, ""), (b"new" * 9, ""), (b"odd" * 9, "no signature fits")):
+                self.assertEqual(self.problem(scheme, sign(key, BODY, SENT_AT)), wanted)
+
+    def test_a_signature_is_taken_for_300_seconds_both_ways_where_the_time_is_signed(self):
+        for name, secret_of, sign, new_scheme in self.each_sender():
+            scheme, fields = new_scheme(secret_of(b"k" * 24)), sign(b"k" * 24, BODY, SENT_AT)
+            is_timed = str(SENT_AT) in str(fields)
+            for now, problem in ((300, ""), (-300, ""), (301, "the timestamp is 301 s old"),
+                                 (300.01, "the timestamp is 301 s old"), (-301, "the timestamp is 301 s ahead"),
+                                 (10 ** 8, "the timestamp is 100000000 s old")):
+                self.assertEqual(self.problem(scheme, fields, now=SENT_AT + now), problem * is_timed)
+            if is_timed:
+                patient = new_scheme(secret_of(b"k" * 24), tolerance=86400)
+                self.assertEqual(self.problem(patient, fields, now=SENT_AT + 86400), "")
+                self.assertEqual(self.problem(patient, fields, now=SENT_AT + 86401), "the timestamp is 86401 s old")
+
+    def test_a_time_is_digits_and_nothing_else(self):
+        scheme = self.scheme("k", **SLACK)
+        for text in (f"+{SENT_AT}", f"-{SENT_AT}", f"{SENT_AT}.0", "1.75e9", "nan", "inf", "0x684ee180", f" {SENT_AT}",
+                     "1_750_000_000", "1750000000, 1750000000", "²", "1²", "\xb9750000000", "x", "9" * 13, "9" * 9000,
+                     f"{SENT_AT}000", "١٧٥٠٠٠٠٠٠٠"):
+            with self.subTest(text[:30]):
+                digest = hmac_of(b"k", f"v0:{text}:".encode(), BODY)
+                fields = {"x-slack-request-timestamp": text, "x-slack-signature": "v0=" + digest.hex()}
+                self.assertEqual(self.problem(scheme, fields), "the timestamp cannot be read")
+        last = {"x-slack-request-timestamp": "9" * 12, "x-slack-signature": "v0=" + "0" * 64}
+        self.assertEqual(self.problem(scheme, last), "the timestamp is 998249999999 s ahead")
+        leading = signed_v0(b"k", BODY, SENT_AT, "x-slack-signature", "x-slack-request-timestamp")
+        leading = {**leading, "x-slack-request-timestamp": f"0{SENT_AT}"}
+        self.assertEqual(self.problem(scheme, leading), "no signature fits")
+
+    # -- several signatures
+
+    def test_one_of_several_signatures_is_enough(self):
+        good, other = (base64_of(hmac_of(key, b"msg_1.%d." % SENT_AT, BODY)) for key in (b"k" * 24, b"o" * 24))
+        scheme = self.scheme("whsec_" + base64_of(b"k" * 24), profile="standard")
+        fields = signed_standard(b"k" * 24, BODY, SENT_AT)
+        ed25519 = base64_of(bytes(64))
+        for value, problem in ((f"v1,{other} v1,{good}", ""), (f"v1,{good} v1,{other}", ""),
+                               (f"v1a,{ed25519} v1,{good}", ""), (f"v1,{good} v1a,{ed25519}", ""),
+                               (f"v2,x v1,{good} garbage", ""), (f"  v1,{good} ", ""),
+                               (f"v1,{other} v1,{other}", "no signature fits"),
+                               (f"v1a,{ed25519}", "the signature header cannot be read"),
+                               (f"v1,{good};v1,{other}", "the signature header cannot be read")):
+            with self.subTest(value):
+                self.assertEqual(self.problem(scheme, {**fields, "webhook-signature": value}), problem)
+
+    def test_stripes_list_has_its_time_and_signatures_in_any_order(self):
+        scheme, good, other = self.scheme("k", profile="stripe"), hmac_of(b"k", b"%d." % SENT_AT, BODY).hex(), "0" * 64
+        time_part = f"t={SENT_AT}"
+        unreadable = "the signature header cannot be read"
+        for value, problem in ((f"{time_part},v1={good},v0={other}", ""), (f"v1={good},{time_part}", ""),
+                               (f"v0={other},v1={other},{time_part},v1={good}", ""), (f"{time_part},v1={good.upper()}", ""),
+                               (f"{time_part},v0={good}", unreadable), (time_part, unreadable),
+                               (f"{time_part},v1={other}", "no signature fits"),
+                               (f"v1={good}", "the timestamp cannot be read"),
+                               (f"t=,v1={good}", "the timestamp cannot be read"),
+                               (f"{time_part},{time_part},v1={good}", "the timestamp cannot be read"),
+                               (f"t=17500,t=00000,v1={good}", "the timestamp cannot be read"),
+                               (f"T={SENT_AT},v1={good}", "the timestamp cannot be read"),
+                               (f"t={SENT_AT + 1},v1={good}", "no signature fits")):
+            with self.subTest(value):
+                self.assertEqual(self.problem(scheme, {"stripe-signature": value}), problem)
+
+    def test_a_signature_header_that_somebody_added_is_not_read_past(self):
+        for name, secret_of, sign, new_scheme in self.each_sender():
+            scheme, fields = new_scheme(secret_of(b"k" * 24)), sign(b"k" * 24, BODY, SENT_AT)
+            lines = [f"{field}: {value}" for field, value in fields.items()]
+            header = next(field for field in fields if "signature" in field or field == "x-sig")
+            for count, problem in ((1, ""), (2, "the signature header cannot be read")):
+                data = head_bytes(*lines, *[f"{header}: {fields[header]}"] * (count - 1))
+                head = receiver.Head()
+                receiver.parse_head(data, head, LIMITS)
+                self.assertEqual(scheme.problem(head, BODY, SENT_AT), problem)
+        spaced = self.scheme("k", header="x-sig", separator=", ", prefix="s=", encoding="hex", template="{body}")
+        self.assertEqual(self.problem(spaced, {"x-sig": "a=1, s=" + hmac_of(b"k", BODY).hex()}), "")
+
+    def test_no_more_than_16_signatures_are_looked_at(self):
+        scheme, good = self.scheme("k", profile="stripe"), "v1=" + hmac_of(b"k", b"%d." % SENT_AT, BODY).hex()
+        for before, problem in ((14, ""), (15, "no signature fits"), (16000 // 68, "no signature fits")):
+            value = ",".join([f"t={SENT_AT}"] + ["v1=" + "0" * 64] * before + [good])
+            self.assertEqual(self.problem(scheme, {"stripe-signature": value}), problem)
+
+    def test_every_secret_is_compared_with_every_signature_whichever_fits(self):
+        scheme = self.scheme("a", "b", "c", profile="stripe")
+        for key in (b"a", b"b", b"c", b"d"):
+            digest = hmac_of(key, b"%d." % SENT_AT, BODY).hex()
+            fields = {"stripe-signature": f"t={SENT_AT},v1={digest},v1={'0' * 64}"}
+            with mock.patch.object(receiver.hmac, "compare_digest", wraps=hmac.compare_digest) as compare:
+                self.problem(scheme, fields)
+            self.assertEqual(compare.call_count, 6)
+
+    # -- spellings
+
+    def test_hex_may_be_in_either_case_and_base64_has_one_spelling(self):
+        digest = hmac_of(b"k", BODY)
+        scheme = self.scheme("k", profile="calcom")
+        for text in (digest.hex(), digest.hex().upper()):
+            self.assertEqual(self.problem(scheme, {"x-cal-signature-256": text}), "")
+        scheme, text = self.scheme("k", profile="acuity"), base64_of(digest)
+        self.assertEqual(self.problem(scheme, {"x-acuity-signature": text}), "")
+        alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+        sibling = text[:42] + alphabet[alphabet.index(text[42]) + 1] + "="
+        self.assertEqual(base64.b64decode(sibling), digest)
+        for other in (sibling, text[:-1], text + "=", text.rstrip("=") + " ", text.replace("=", "\xa0"),
+                      base64.urlsafe_b64encode(digest).decode() + "-", text[:20] + " " + text[20:], digest.hex()):
+            self.assertNotEqual(self.problem(scheme, {"x-acuity-signature": other}), "", other)
+
+    def test_an_id_is_signed_as_it_stands_whatever_it_looks_like(self):
+        key = base64.b64decode(STANDARD_SECRET[6:])
+        for name in ("{timestamp}", "{body}", "%(timestamp)s", "%s", "a.b", "\xe9\xff", "x" * 8000, "a, b"):
+            with self.subTest(name[:20]):
+                digest = hmac_of(key, name.encode("latin-1"), b".%d." % SENT_AT, BODY)
+                fields = {"webhook-id": name, "webhook-timestamp": str(SENT_AT),
+                          "webhook-signature": "v1," + base64_of(digest)}
+                scheme = self.scheme(STANDARD_SECRET, profile="standard")
+                self.assertEqual(self.problem(scheme, fields), "")
+                self.assertEqual(self.problem(scheme, {**fields, "webhook-id": name + "x"}), "no signature fits")
+
+    def test_a_template_is_text_around_its_holes(self):
+        fields = {"x-time": str(SENT_AT), "x-id": "7"}
+        for template, message in (("%(body)s{body}", b"%(body)s[]"), ("100%{id}{{body}}", b"100%7{[]}"),
+                                  ("{body}", b"[]"), ("{body}%s{id}{id}", b"[]%s77"),
+                                  ("{timestamp}\n{body}\r\n", b"1750000000\n[]\r\n"), ("{ {body} }", b"{ [] }")):
+            with self.subTest(template):
+                extra = {"id_header": "X-Id"} if "{id}" in template else {}
+                extra.update({"timestamp_header": "X-Time"} if "{timestamp}" in template else {})
+                scheme = self.scheme("k", header="X-Sig", encoding="hex", template=template, **extra)
+                self.assertEqual(self.problem(scheme, {**fields, "x-sig": hmac_of(b"k", message).hex()}, b"[]"), "")
+
+    def test_the_same_key_in_every_form_of_a_secret(self):
+        key = b"\xfb\xef" * 13
+        for kind, secret in (("base64", base64_of(key)), ("base64", base64_of(key).rstrip("=")), ("hex", key.hex()),
+                             ("hex", key.hex().upper()), ("whsec", "whsec_" + base64_of(key)),
+                             ("whsec", "whsec_" + base64_of(key).rstrip("=")), ("whsec", base64_of(key))):
+            with self.subTest(secret):
+                scheme = self.scheme(secret, profile="github", key=kind)
+                fields = {"x-hub-signature-256": "sha256=" + hmac_of(key, BODY).hex()}
+                self.assertEqual(self.problem(scheme, fields), "")
+        for secret in ("whsec_5Z", "pässwörd", " with spaces "):            # as they are, whatever they look like
+            fields = {"x-hub-signature-256": "sha256=" + hmac_of(secret.encode(), BODY).hex()}
+            self.assertEqual(self.problem(self.scheme(secret, profile="github"), fields), "")
+
+    def test_a_profile_may_be_changed_in_part(self):
+        scheme = self.scheme("k", profile="github", header="X-Mine", prefix="")
+        self.assertEqual(self.problem(scheme, {"x-mine": hmac_of(b"k", BODY).hex()}), "")
+        untimed = self.scheme("whsec_a2tr", profile="standard", template="{body}")
+        fields = {"webhook-signature": "v1," + base64_of(hmac_of(b"kkk", BODY)), "webhook-timestamp": "1"}
+        self.assertEqual(self.problem(untimed, fields), "")
+
+    # -- is it there
+
+    def test_a_signature_counts_as_shown_by_its_header_alone(self):
+        for name, secret_of, sign, new_scheme in self.each_sender():
+            scheme, fields = new_scheme(secret_of(b"k" * 24)), sign(b"k" * 24, BODY, SENT_AT)
+            header = next(field for field in fields if "signature" in field or field == "x-sig")
+            for shown, wanted in ((fields, True), ({header: ""}, True), ({header: "\xff"}, True), ({}, False),
+                                  ({"authorization": "Bearer x", "x-signature": "v1"}, False),
+                                  ({field: "1" for field in fields if field != header}, False)):
+                self.assertIs(scheme.is_shown(self.head(shown)), wanted)
+
+    def test_svix_names_are_those_of_the_standard_only(self):
+        standard = self.scheme(STANDARD_SECRET, profile="standard")
+        self.assertEqual(self.problem(standard, {}), "webhook-signature is missing")
+        key = base64.b64decode(STANDARD_SECRET[6:])
+        fields = signed_standard(key, BODY, SENT_AT, names="svix")
+        mixed = {**fields, "webhook-signature": "v1,"}              # the standard's own names go first, and none are mixed
+        self.assertEqual(self.problem(standard, mixed), "webhook-id is missing")
+        self.assertEqual(self.problem(standard, {**mixed, **signed_standard(key, BODY, SENT_AT)}), "")
+        zocdoc = self.scheme(base64_of(key), profile="zocdoc")
+        fields = {name.replace("webhook", "svix"): value for name, value in signed_zocdoc(key, BODY, SENT_AT).items()}
+        self.assertFalse(zocdoc.is_shown(self.head(fields)))
+        self.assertEqual(self.problem(zocdoc, fields), "webhook-signature is missing")
+
+    # -- attacks
+
+    def test_garbage_is_refused_in_words_of_our_own_and_never_raises(self):
+        chance = random.Random(20250110)
+        words = ("v1,", "v1=", "t=", "v1:", "sha256=", ",", " ", ";", ", ", "=", str(SENT_AT), "0" * 64, "A" * 43 + "=",
+                 "\xff" * 44, "\xb2", "%s", "{body}", "\t", "whsec_", "", "x" * 64, "é" * 64)
+        schemes = [self.scheme(secret_of(b"k" * 24), **settings) for settings, secret_of, _ in SENDERS.values()]
+        names = sorted({name for scheme in schemes for name in scheme._names + scheme._other_names if name})
+        own = re.compile(r"no signature fits|the signature header cannot be read|the timestamp cannot be read|"
+                         r"the timestamp is \d+ s (old|ahead)|[a-z0-9-]+ is missing")
+        for _ in range(4000):
+            fields = {name: "".join(chance.choices(words, k=chance.randrange(8))) for name in names
+                      if chance.random() < 0.9}
+            if chance.random() < 0.1:
+                fields[chance.choice(names)] = bytes(chance.choices(range(32, 256), k=70)).decode("latin-1")
+            body = bytes(chance.choices(range(256), k=chance.randrange(40)))
+            scheme = chance.choice(schemes)
+            found = scheme.problem(self.head(fields), body, SENT_AT + chance.random())
+            self.assertTrue(own.fullmatch(found), (found, fields))
+            if found.endswith("is missing"):
+                self.assertIn(found.split(" ")[0], names)
+
+    def test_headers_of_16_kib_are_refused_after_a_bounded_number_of_comparisons(self):
+        for name, secret_of, sign, new_scheme in self.each_sender():
+            scheme = new_scheme(*(secret_of(b"%024d" % number) for number in range(100)))
+            fields = sign(b"k" * 24, BODY, SENT_AT)
+            for filler in (" ", ",", ";", "v1=", "t=", "v1," + "A" * 43 + "= ", "v1=" + "0" * 64 + ","):
+                long = {field: (filler * 16000)[:16000] for field in fields}
+                for field in fields:
+                    self.assertNotEqual(self.problem(scheme, {**fields, field: long[field]}), "")
+            with mock.patch.object(receiver.hmac, "compare_digest", wraps=hmac.compare_digest) as compare:
+                self.problem(scheme, {**fields, **{field: (fields[field] + " ,;") * 100 for field in fields}})
+            self.assertLessEqual(compare.call_count, 1600)
+
+    def test_threads_may_share_a_scheme(self):
+        scheme = self.scheme(STANDARD_SECRET, profile="standard")
+        key, wrong = base64.b64decode(STANDARD_SECRET[6:]), []
+
+        def check(thread):
+            for number in range(300):
+                body = b"%d %d" % (thread, number) * (1 + number % 2 * 500)
+                fields = signed_standard(key, body, SENT_AT)
+                if self.problem(scheme, fields, body) or not self.problem(scheme, fields, body + b"x"):
+                    wrong.append((thread, number))
+
+        threads = [threading.Thread(target=check, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+        self.assertEqual(wrong, [])
+
+    # -- settings
+
+    def test_the_schema_tells_what_is_wrong_with_settings(self):
+        good = {"profile": "github", "secrets": ["x"]}
+        self.assertEqual(self.schema.errors(good), [])
+        for changes, path, message in (
+                ({"secrets": ...}, "/secrets", "Missing required field: secrets"),
+                ({"secrets": []}, "/secrets", "Field 'secrets' must not be empty"),
+                ({"secrets": "x"}, "/secrets", "Field 'secrets' must be of type array"),
+                ({"secrets": ["x", ""]}, "/secrets/1", "Field 'secrets[1]' must not be empty"),
+                ({"secrets": ["x"] * 101}, "/secrets", "Field 'secrets' must have at most 100 items"),
+                ({"secret": "x"}, "/secret", "Field 'secret' is not a known field"),
+                ({"profile": "gitlab"}, "/profile", "Field 'profile' must be one of: standard, github, websub, stripe, "
+                                                    "zocdoc, acuity, calcom"),
+                ({"header": "X Sig"}, "/header", "Field 'header' must match the pattern ^[0-9A-Za-z_-]{1,100}$"),
+                ({"header": "X-Sig:"}, "/header", "Field 'header' must match the pattern ^[0-9A-Za-z_-]{1,100}$"),
+                ({"encoding": "base32"}, "/encoding", "Field 'encoding' must be one of: hex, base64"),
+                ({"key": "text"}, "/key", "Field 'key' must be one of: raw, base64, hex, whsec"),
+                ({"separator": "v"}, "/separator", "Field 'separator' must match the pattern ^[^0-9A-Za-z+/=]{1,10}$"),
+                ({"timestamp_prefix": ""}, "/timestamp_prefix", "Field 'timestamp_prefix' must not be empty"),
+                ({"template": "é{body}"}, "/template", "Field 'template' must match the pattern ^[\\x00-\\x7f]*$"),
+                ({"tolerance": 0}, "/tolerance", "Field 'tolerance' must be at least 1"),
+                ({"tolerance": 10 ** 9}, "/tolerance", "Field 'tolerance' must be at most 604800"),
+                ({"tolerance": "300"}, "/tolerance", "Field 'tolerance' must be of type integer")):
+            with self.subTest(changes):
+                settings = {name: value for name, value in {**good, **changes}.items() if value is not ...}
+                found = [(problem.path, problem.message) for problem in self.schema.errors(settings)]
+                self.assertEqual(found, [(path, message)])
+
+    def test_settings_that_cannot_work_are_told_by_their_place(self):
+        plain = {"header": "x-sig", "encoding": "hex", "template": "{body}"}
+        timed = {**plain, "template": "{timestamp}.{body}"}
+        needed = "is missing; a profile, or header, encoding and template are needed"
+        for settings, message in (
+                ({}, f"/header: {needed}"),
+                ({"header": "x-sig"}, f"/encoding: {needed}"),
+                ({"header": "x-sig", "encoding": "hex"}, f"/template: {needed}"),
+                ({**plain, "template": ""}, "/template: must have {body}, once"),
+                ({**plain, "template": "body"}, "/template: must have {body}, once"),
+                ({**plain, "template": "{body}{body}"}, "/template: must have {body}, once"),
+                ({**plain, "template": "{url}{body}"}, "/template: knows {id}, {timestamp} and {body} only"),
+                ({**plain, "template": "{}{body}"}, "/template: knows {id}, {timestamp} and {body} only"),
+                ({**plain, "template": "{id}{body}"}, "/template: {id} needs id_header"),
+                (timed, "/template: {timestamp} needs timestamp_header or timestamp_prefix"),
+                ({**timed, "timestamp_prefix": "t="}, "/timestamp_prefix: needs a separator"),
+                ({"profile": "stripe", "timestamp_header": "x-time"},
+                 "/timestamp_header: the time stands behind timestamp_prefix already"),
+                ({**plain, "timestamp_header": "x-time"},
+                 "/timestamp_header: has no use: {timestamp} is not in the template"),
+                ({**plain, "id_header": "x-id"}, "/id_header: has no use: {id} is not in the template"),
+                ({"profile": "github", "tolerance": 60}, "/tolerance: has no use: {timestamp} is not in the template"),
+                ({"profile": "stripe", "prefix": "v1,"}, "/prefix: must not hold the separator")):
+            with self.subTest(settings):
+                with self.assertRaises(ValueError) as caught:
+                    self.scheme("x", **settings)
+                self.assertEqual(str(caught.exception), message)
+
+    def test_a_secret_that_is_no_key_is_told_by_its_place_and_never_repeated(self):
+        for kind, secret, message in (
+                ("base64", "hunter2 hunter2", "must be base64"), ("base64", "aGk*", "must be base64"),
+                ("base64", "aGk=\n", "must be base64"), ("base64", "a", "must be base64"), ("base64", "é", "must be base64"),
+                ("base64", "aG=k", "must be base64"), ("base64", "-_-_", "must be base64"),
+                ("base64", "=", "must be base64"), ("base64", "aGk====", "must be base64"),
+                ("hex", "hunter2", "must be hex digits"), ("hex", "abc", "must be hex digits"),
+                ("hex", "ab cd", "must be hex digits"), ("hex", "ſé", "must be hex digits"),
+                ("whsec", "whsec_hunter2 !", "must be whsec_ and base64"),
+                ("whsec", "whpk_aGk=", "must be whsec_ and base64"),
+                ("whsec", "whsec_", "must not be an empty key"), ("raw", "\ud800", "must be Unicode")):
+            with self.subTest(secret, kind=kind):
+                with self.assertRaises(ValueError) as caught:
+                    receiver.SignatureScheme({"profile": "github", "secrets": ["aGk=" if kind != "hex" else "aa", secret],
+                                              "key": kind})
+                self.assertEqual(str(caught.exception), f"/secrets/1: {message}")
+                shown = "".join(traceback.format_exception(None, caught.exception, None))
+                self.assertEqual(shown, f"ValueError: /secrets/1: {message}\n")    # no decoder's error before it
+
+    def test_a_scheme_shows_no_secret_and_no_key(self):
+        scheme = self.scheme("hunter2", profile="github")
+        self.assertNotIn("hunter2", repr(vars(scheme)))
+
+    def test_every_profile_is_a_row_of_parameters_that_the_schema_knows(self):
+        for name, row in receiver.SIGNATURE_PROFILES.items():
+            with self.subTest(name):
+                self.assertLessEqual(set(row), set(receiver.SIGNATURE_SCHEMA["properties"]))
+                for prefix in [row.get("prefix", "")] if name != "zocdoc" else row["prefix"]:
+                    settings = {**row, "prefix": prefix, "secrets": ["aGk="]}
+                    self.assertEqual(self.schema.errors(settings), [])
+                self.assertIn(name, SENDERS)
+
+
+OFFICIAL_CLIENTS = os.environ.get("OFFICIAL_CLIENTS")
+
+
+@unittest.skipUnless(OFFICIAL_CLIENTS, "OFFICIAL_CLIENTS does not name a Python with standardwebhooks, svix and stripe")
+class OfficialSenderTest(unittest.TestCase):
+    """What the official libraries sign and how they judge, next to what we say of it."""
+
+    PROGRAM = '''
+import datetime, json, sys
+import standardwebhooks, stripe, svix.webhooks
+
+asked = json.load(sys.stdin)
+
+def verdict(function, *arguments, **options):
+    try:
+        function(*arguments, **options)
+    except Exception:
+        return False
+    return True
+
+def sign(library, secret, body, at):
+    if library == "stripe":
+        signed = stripe.WebhookSignature._compute_signature(f"{at}.{body}", secret)
+        return {"stripe-signature": f"t={at},v1={signed}"}
+    webhook = {"standardwebhooks": standardwebhooks.Webhook, "svix": svix.webhooks.Webhook}[library](secret)
+    names = "svix" if library == "svix" else "webhook"
+    signature = webhook.sign("msg_1", datetime.datetime.fromtimestamp(at, datetime.timezone.utc), body)
+    return {f"{names}-id": "msg_1", f"{names}-timestamp": str(at), f"{names}-signature": signature}
+
+def takes(library, secret, body, fields):
+    if library == "stripe":
+        return verdict(stripe.WebhookSignature.verify_header, body, fields["stripe-signature"], secret, 300)
+    return verdict({"standardwebhooks": standardwebhooks.Webhook, "svix": svix.webhooks.Webhook}[library](secret).verify,
+                   body, fields)
+
+json.dump([globals()[name](*arguments) for name, *arguments in asked], sys.stdout)
+'''
+    LIBRARIES = {"standardwebhooks": "standard", "svix": "standard", "stripe": "stripe"}
+    SECRET = {"standardwebhooks": STANDARD_SECRET, "svix": STANDARD_SECRET, "stripe": "whsec_abc123"}
+    BODIES = (BODY.decode(), "{}", '{"notes": "Zoë\\u2028 € 😀"}', '{"a": "' + "x" * 5000 + '"}')
+
+    def ask(self, questions):
+        """The answers of PROGRAM's functions: [(name, *arguments)] to a list of what they gave."""
+        done = subprocess.run([OFFICIAL_CLIENTS, "-c", self.PROGRAM], input=json.dumps(questions).encode(),
+                              capture_output=True, timeout=WAIT)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return json.loads(done.stdout)
+
+    def problem(self, library, fields, body, now):
+        head = receiver.Head()
+        head.fields = fields
+        settings = {"profile": self.LIBRARIES[library], "secrets": [self.SECRET[library]]}
+        return receiver.SignatureScheme(settings).problem(head, body.encode(), now)
+
+    def test_what_they_sign_is_taken_unchanged(self):
+        cases = [(library, body) for library in self.LIBRARIES for body in self.BODIES]
+        answers = self.ask([("sign", library, self.SECRET[library], body, SENT_AT) for library, body in cases])
+        for (library, body), fields in zip(cases, answers):
+            with self.subTest(library, body=body[:30]):
+                self.assertEqual(self.problem(library, fields, body, SENT_AT), "")
+                self.assertEqual(self.problem(library, fields, body + " ", SENT_AT), "no signature fits")
+
+    def test_they_judge_what_we_judge_in_the_same_way(self):
+        now = int(time.time())
+        changes = [(library, at, other, edit) for library in self.LIBRARIES for at in (now, now - 280, now - 320)
+                   for other in (False, True) for edit in range(6)]
+        signed = self.ask([("sign", library, self.SECRET[library], BODY.decode() + " " * other, at)
+                           for library, at, other, _ in changes])
+        cases = []
+        for (library, at, other, edit), fields in zip(changes, signed):
+            header = next(name for name in fields if name.endswith("signature"))
+            separator, prefix = {"stripe": (",", "v1=")}.get(library, (" ", "v1,"))
+            stranger = prefix + {"stripe": "0" * 64}.get(library, base64_of(bytes(32)))
+            value = fields[header]
+            fields[header] = (value, stranger + separator + value, value + separator + stranger,
+                              value.replace(prefix, "v2" + prefix[-1]), value[:-9] + value[-8:],
+                              value.replace(prefix, "v0" + prefix[-1]) + separator + stranger)[edit]
+            cases.append((library, fields))
+        theirs = self.ask([("takes", library, self.SECRET[library], BODY.decode(), fields) for library, fields in cases])
+        for (library, fields), taken in zip(cases, theirs):
+            with self.subTest(library, fields=fields):
+                self.assertEqual(not self.problem(library, fields, BODY.decode(), time.time()), taken)
+        self.assertEqual(sum(theirs), 18)       # three libraries, two times, three edits: nothing else passes
+
+
+# =============================================================================
 # Access
 # =============================================================================
 
@@ -5859,6 +6436,10 @@ class AccessTest(HTTPTest):
         connection.sendall(request)
         self.assertIn(b" 401 ", connection.recv(65536))
 
+
+# =============================================================================
+# Endpoints and Connections
+# =============================================================================
 
 class RoutingTest(unittest.TestCase):
     """A request to its route; queries; Accept; Date."""
@@ -7924,8 +8505,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP", "Access",
-         "Endpoints", "Connections", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP",
+         "Credentials", "Access", "Endpoints", "Connections", "Service", "Command line")
 
 
 def can_connect(port):
