@@ -6176,7 +6176,7 @@ class ClientsTest(FolderTest):
     def read(self, document):
         path = self.folder / "clients.json"
         path.write_text(document if isinstance(document, str) else json.dumps(document))
-        return receiver.read_clients(str(path))
+        return receiver.read_clients(str(path), False).clients
 
     def test_what_is_wrong_is_named_with_file_place_and_what_was_expected(self):
         good = key_entry("sender")
@@ -6693,8 +6693,8 @@ class ReceiveTest(HTTPTest):
         """However long its body took to come."""
         server, made = self.start(busy_timeout=WAIT), receiver.Request.__init__
 
-        def made_long_ago(request, *arguments):
-            made(request, *arguments)
+        def made_long_ago(request, *arguments, **named):
+            made(request, *arguments, **named)
             request.started -= 2 * WAIT
             request.arrived -= 2 * WAIT
         connection, data = self.connect(server), post_bytes(event())

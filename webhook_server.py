@@ -5846,6 +5846,11 @@ CLIENT_SCHEMA = {
         "roles": {"type": "array", "minItems": 1, "uniqueItems": True, "items": {"enum": list(ROLES)}},
         "key_sha256": {"type": "array", "minItems": 1, "uniqueItems": True,
                        "items": {"type": "string", "pattern": "^[0-9A-Fa-f]{64}$"}},
+        "signature": SIGNATURE_SCHEMA,
+        "certificate": {"type": "string", "minLength": 1, "maxLength": 1000},
+        "oauth": {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+                  "properties": {"subject": {"type": "string", "minLength": 1},
+                                 "client_id": {"type": "string", "minLength": 1}}},
         "require": {"const": "all"},
         "disabled": {"type": "boolean"},
         "rate": {"type": "number", "exclusiveMinimum": 0, "maximum": 1000000},
@@ -5954,13 +5959,21 @@ class Client:
         """`entry` is valid by the schema. Raises ValueError that begins with the place in it, a JSON Pointer."""
         self.name, self.tenant, self.roles = entry["name"], entry.get("tenant", ""), frozenset(entry["roles"])
         self.keys = [bytes.fromhex(text) for text in entry.get("key_sha256", ())]
-        self.proofs = frozenset(PROOFS) & frozenset(entry)
-        if not self.proofs:
+        self.certificate, self.oauth = entry.get("certificate", ""), entry.get("oauth", {})
+        self.signature: Optional[SignatureScheme] = None
+        if "signature" in entry:
+            try:
+                self.signature = SignatureScheme(entry["signature"])
+            except ValueError as error:
+                raise ValueError(f"/signature{error}") from None
+        proofs = frozenset(PROOFS) & frozenset(entry)
+        if not proofs:
             raise ValueError(f": needs one of {', '.join(PROOFS)}, by which the client is known")
-        self._needs = self.proofs if "require" in entry else frozenset()
-        self.disabled = entry.get("disabled", False)
+        self._needs = proofs if "require" in entry else frozenset()
+        self._disabled = entry.get("disabled", False)
         self._networks = _networks_of(entry.get("allow_from", ()), "/allow_from")
         self._bucket = Bucket(entry["rate"], entry.get("burst")) if "rate" in entry else None
+        self._admissions = {role: self._admission(role) for role in ROLES}
 
     def is_proven_by(self, proofs: set) -> bool:
         """Whether these kinds of proof are enough."""
@@ -5968,10 +5981,13 @@ class Client:
 
     def admission(self, role: str) -> Optional[Check]:
         """What is still to be checked of a request for which the client needs a role; None when nothing."""
-        if self.disabled:
+        return self._admissions[role]
+
+    def _admission(self, role: str) -> Optional[Check]:
+        if self._disabled:
             return lambda request: _deny("This client is disabled")
         if not self.roles & {role, "admin"}:
-            return lambda request: _deny(f"This takes the role {role}", "insufficient_scope")
+            return lambda request: _deny_role(role)
         steps = [self._check_network] * bool(self._networks)
         if self._bucket is not None:
             steps.append(lambda request: self._bucket.take())
@@ -5983,8 +5999,12 @@ class Client:
 
 
 # The members of an entry by which a client can be known, in the order in which they are looked at
-PROOFS = ("key_sha256",)
-Check = Callable[[Any], None]           # of a request; raises Refusal (401, 403, 429, 503)
+PROOFS = ("key_sha256", "signature", "oauth", "certificate")
+Check = Callable[[Any], None]           # of a request; raises Refusal (401, 403, 429, 503) or MustWait
+
+
+def _deny_role(role: str) -> None:
+    _deny(f"This takes the role {role}", "insufficient_scope")
 
 
 def _deny(reason: str, error: str = "") -> None:
@@ -6034,49 +6054,131 @@ class OpenAccess:
 
     def judge(self, head: Head, role: str) -> tuple:
         """As Access.judge()."""
-        return self._everybody, self._limit
+        return self._everybody, self._limit, False
+
+
+class Evidence(NamedTuple):
+    """What a head shows of who sent it: `clients` whose key it has, `signers` whose signature it may have, a
+    `token`; `is_guess`: something is shown, and `is_bearer`: in the field for tokens (RFC 6750)."""
+    clients: tuple
+    signers: tuple
+    token: str
+    is_guess: bool
+    is_bearer: bool
 
 
 class Access:
     """Who may do what, by a clients file."""
 
-    def __init__(self, clients: list, store_of: Callable[[str], Any], rate_limit: float) -> None:
+    def __init__(self, clients: list, tokens: Optional[Tokens], store_of: Callable[[str], Any],
+                 rate_limit: float) -> None:
         """`store_of(tenant)` is a tenant's store; `rate_limit` requests a second for unknown addresses."""
+        self._tokens = tokens
         self._nobody = Caller("", store_of(""))
         self._callers = {client: Caller(client.name, store_of(client.tenant)) for client in clients}
         self._limit = _limit_of(rate_limit)
         # A look-up by a digest tells nobody by its time how near to a key a guess was
         self._by_key = {key: client for client in clients for key in client.keys}
+        self._by_certificate = {client.certificate: client for client in clients if client.certificate}
+        self._by_token = {item: client for client in clients for item in client.oauth.items()}
+        self._signers = [client for client in clients if client.signature is not None]
         self._strikes = PerAddress(Strikes)
 
     def judge(self, head: Head, role: str) -> tuple:
-        """(Caller, Check or None) for a head, of what needs a role. Where the head does not tell who it is,
-        the check finds out, and sets `caller` of the request.
+        """(Caller, Check or None, whether it needs the body) for a head, of what needs a role. Where the head
+        does not tell who it is, the check finds out, and sets `caller` of the request.
 
         What is given is kept with the head: it follows from it and from the clients file alone, and whatever
         depends on the sender's address, on the body or on the time is in the check.
         """
         if role == ANYBODY:
-            return self._nobody, self._limit
-        keys = _keys_shown(head)
-        for key in keys:
-            client = self._by_key.get(hashlib.sha256(key.encode("latin-1")).digest())
-            if client is not None and client.is_proven_by({"key_sha256"}):
-                return self._callers[client], client.admission(role)
-        return self._nobody, functools.partial(self._refuse, bool(keys), "authorization" in head.fields)
+            return self._nobody, self._limit, False
+        evidence = self._evidence(head)
+        for client in evidence.clients:
+            if client.is_proven_by({"key_sha256"}):
+                return self._callers[client], client.admission(role), False
+        check = functools.partial(self._check, head, evidence, role)
+        return self._nobody, check, bool(evidence.signers)
 
-    def _refuse(self, is_wrong: bool, has_token: bool, request: Any) -> None:
+    def _evidence(self, head: Head) -> Evidence:
+        bearer = _BEARER.fullmatch(head.get("authorization"))
+        shown = [bearer[1]] if bearer else []
+        if head.get("x-api-key"):
+            shown.append(head.get("x-api-key"))
+        found = [self._by_key.get(hashlib.sha256(key.encode("latin-1")).digest()) for key in shown]
+        token = ""
+        if bearer and found[0] is None and not bearer[1].startswith(KEY_PREFIX):
+            token = bearer[1]
+        signers = ()
+        if head.method == "POST":                       # over no body it would be a password for ever
+            signers = tuple(client for client in self._signers if client.signature.is_shown(head))
+        return Evidence(tuple(filter(None, found)), signers, token, bool(shown or signers), bool(bearer))
+
+    def _check(self, head: Head, evidence: Evidence, role: str, request: Any) -> None:
+        """Find out who it is by all that is shown, and whether they may."""
+        proofs: dict = {client: {"key_sha256"} for client in evidence.clients}
+        note = self._prove_by_signature(head, evidence, request, proofs)
+        verified, trouble = None, None
+        if evidence.token and self._tokens is not None:
+            try:
+                verified = self._tokens.verify(evidence.token, request.may_wait)
+            except Refusal as refusal:                  # what else is shown may be enough
+                trouble, note = refusal, refusal.note
+        entry = self._entry_of(verified)
+        if entry is not None:
+            proofs.setdefault(entry, set()).add("oauth")
+        for name in request.connection.certificate_names:
+            if name in self._by_certificate:
+                proofs.setdefault(self._by_certificate[name], set()).add("certificate")
+        for client, kinds in proofs.items():
+            if client.is_proven_by(kinds):
+                request.caller = self._callers[client]
+                admission = client.admission(role)
+                if admission is not None:
+                    admission(request)
+                return
+        if verified is not None and entry is None:
+            self._admit_by_scopes(verified, role, request)
+        elif trouble is not None and trouble.status == 503:
+            raise trouble
+        else:
+            self._refuse(evidence, note, request)
+
+    def _prove_by_signature(self, head: Head, evidence: Evidence, request: Any, proofs: dict) -> str:
+        """Add the clients that have signed the body to `proofs`. Returns what the log may say of others."""
+        note = "credentials that nobody has" if evidence.is_guess else "no credentials"
+        for client in evidence.signers:
+            problem = client.signature.problem(head, request.body, time.time())
+            if problem:
+                note = problem
+            else:
+                proofs.setdefault(client, set()).add("signature")
+        return note
+
+    def _entry_of(self, verified: Optional[Verified]) -> Optional[Client]:
+        """The client that a token names."""
+        if verified is None:
+            return None
+        by_id = self._by_token.get(("client_id", verified.client_id))
+        return by_id or self._by_token.get(("subject", verified.subject))
+
+    def _admit_by_scopes(self, verified: Verified, role: str, request: Any) -> None:
+        """A token that names no client: its scopes are its roles, in the default tenant."""
+        name = printable(verified.client_id or verified.subject or "", 100)
+        request.caller = self._nobody._replace(name="oauth:" + name)
+        roles = {self._tokens.scopes.get(scope) for scope in verified.scopes}
+        if not roles & {role, "admin"}:
+            _deny_role(role)
+
+    def _refuse(self, evidence: Evidence, note: str, request: Any) -> None:
         """Raise the refusal of somebody who is not known."""
         if self._limit is not None:
             self._limit(request)
-        wait = self._strikes.of(request.address).left() if is_wrong else 0.0
+        wait = self._strikes.of(request.address).left() if evidence.is_guess else 0.0
         if wait:
             raise Refusal(429, "Too many requests with wrong credentials",
                           fields={"Retry-After": str(math.ceil(wait))})
-        fields = {"WWW-Authenticate": CHALLENGE}
-        if has_token:
-            fields["WWW-Authenticate"] += ', error="invalid_token"'
-        note = "credentials that nobody has" if is_wrong else "no credentials"
+        fields = {"WWW-Authenticate": CHALLENGE + ', error="invalid_token"' * evidence.is_bearer}
         raise Refusal(401, "Who sends this is not known here", note=note, fields=fields)
 
 
@@ -6088,17 +6190,14 @@ def _limit_of(rate: float) -> Optional[Check]:
     return lambda request: buckets.of(request.address).take()
 
 
-def _keys_shown(head: Head) -> list:
-    """The keys that a head shows."""
-    bearer = _BEARER.fullmatch(head.get("authorization"))
-    keys = [bearer[1]] if bearer else []
-    if head.get("x-api-key"):
-        keys.append(head.get("x-api-key"))
-    return keys
+class ClientsFile(NamedTuple):
+    """What a clients file says: its Clients, and the settings of `oauth`, None without it."""
+    clients: list
+    oauth: Optional[dict]
 
 
-def read_clients(path: str) -> list:
-    """The Clients of a clients file. Raises SetupError that names file, place and reason."""
+def read_clients(path: str, takes_certificates: bool) -> ClientsFile:
+    """Read a clients file. Raises SetupError that names file, place and reason."""
     where = f"clients {path}"
     check_place("clients", path)
     try:
@@ -6107,16 +6206,35 @@ def read_clients(path: str) -> list:
         raise SetupError(f"{where}: {reason_of(error)}") from None
     for problem in Schema(CLIENTS_SCHEMA).errors(document):
         raise SetupError(f"{where}: {problem.path or '/'}: {problem.message}")
-    clients, taken = [], {}
-    for index, entry in enumerate(document["clients"]):
-        place = f"/clients/{index}"
+    try:
+        clients = _clients_of(document["clients"])
+    except ValueError as error:
+        raise SetupError(f"{where}: /clients{error}") from None
+    for index, client in enumerate(clients):
+        if client.certificate and not takes_certificates:
+            raise SetupError(f"{where}: /clients/{index}/certificate: needs the setting tls_client_ca")
+        if client.oauth and "oauth" not in document:
+            raise SetupError(f"{where}: /clients/{index}/oauth: needs oauth at the top of the file")
+    return ClientsFile(clients, document.get("oauth"))
+
+
+def _clients_of(entries: list) -> list:
+    """The Clients of valid entries. Raises ValueError that begins with the place."""
+    clients, owners, count = [], {}, 0
+    for index, entry in enumerate(entries):
         try:
             client = Client(entry)
         except ValueError as error:
-            raise SetupError(f"{where}: {place}{error}") from None
-        for one, what in [(client.name.lower(), "name"), *((key, "key") for key in client.keys)]:
-            if taken.setdefault(one, place) != place:
-                raise SetupError(f"{where}: {place} has the {what} of {taken[one]}: who would it be?")
+            raise ValueError(f"/{index}{error}") from None
+        secrets_of = entry.get("signature", {}).get("secrets", ())
+        count += len(secrets_of)
+        if count > MOST_SECRETS:
+            raise ValueError(f"/{index}/signature/secrets: more than {MOST_SECRETS} secrets in all")
+        unique = [("name", client.name.lower()), ("certificate", client.certificate), *client.oauth.items(),
+                  *(("key", key) for key in client.keys), *(("secret", text) for text in secrets_of)]
+        for what, value in unique:
+            if value and owners.setdefault((what, value), index) != index:
+                raise ValueError(f"/{index}: has the {what} of /clients/{owners[what, value]}: who would it be?")
         clients.append(client)
     return clients
 
@@ -6173,17 +6291,19 @@ class Request(Submission):
 
     An endpoint that takes an event leaves it in `event`; it is answered by answer_to_event() once it is on
     disk. `payload` is what the log shows of a body whose event was refused. `refusal` is one that waits for
-    its turn among the answers of its connection.
+    its turn among the answers of its connection; `endpoint` is known once it was admitted.
     """
     __slots__ = ("ruling", "body", "id", "received_at", "started", "address", "connection", "payload",
-                 "digest", "caller", "refusal")
+                 "digest", "caller", "refusal", "may_wait", "endpoint")
 
-    def __init__(self, ruling: Ruling, body: bytes, ids: tuple, connection: Any) -> None:
-        self.ruling, self.body, self.connection = ruling, body, connection
+    def __init__(self, ruling: Ruling, body: bytes, ids: tuple, connection: Any,
+                 may_wait: bool = False) -> None:
+        """`may_wait`: on this thread the check of who sends may wait for the network."""
+        self.ruling, self.body, self.connection, self.may_wait = ruling, body, connection, may_wait
         self.id, self.received_at = ids
         self.address, self.caller = connection.address, ruling.caller
         self.started = self.arrived = time.monotonic()
-        self.event = self.digest = self.refusal = None
+        self.event = self.digest = self.refusal = self.endpoint = None
         self.payload = ""
 
     @property
@@ -6273,17 +6393,19 @@ class Endpoints:
         self.heavy = Turns()
         self._stored = self._stored_template()
 
-    def admit(self, request: Request) -> Callable:
-        """The endpoint for a request, once it is known that it may be asked for. Raises Refusal."""
+    def admit(self, request: Request) -> None:
+        """Find out by whom a request may be made, once, and so its endpoint. Raises Refusal."""
         ruling = request.ruling
+        if request.endpoint is not None:
+            return
         try:
             if ruling.check is not None:
                 ruling.check(request)
-            return ruling.endpoint
+            request.endpoint = ruling.endpoint
         except Refusal:
             if ruling.otherwise is None:
                 raise
-            return ruling.otherwise
+            request.endpoint = ruling.otherwise
 
     # -- taking events
 
@@ -6611,16 +6733,17 @@ class Ruling:
     """What we do with every request that has one head: its route and endpoint, or its refusal.
 
     A ruling follows from the bytes of the head and the Rules alone, since equal bytes from elsewhere get the
-    same one. `check` is what has to be asked anew of each request, for which `caller` is who the head says
-    that it is; `otherwise` is the endpoint of who may not use `endpoint`. `ordinary`: a small event on a
-    connection that stays open, which the poller may take. `method` and `pattern` are what the log says of the
-    request: never what was sent.
+    same one. `check` is what has to be asked anew of each request, whose body it may need; `caller` is who
+    sends it by the head alone; `otherwise` is the endpoint of who may not use `endpoint`. `ordinary`: a small
+    event on a connection that stays open, which the poller may take. `method` and `pattern` are what the log
+    says of the request: never what was sent.
     """
     route, arguments = UNMATCHED, ()
     endpoint: Optional[Callable] = None
     otherwise: Optional[Callable] = None
     caller = NOBODY
     check: Optional[Check] = None
+    check_needs_body = False
     refusal: Optional[Refusal] = None
     ordinary = False
     method = pattern = "-"
@@ -6698,7 +6821,7 @@ class Rules:
         ruling.endpoint = getattr(self._endpoints, route.endpoint)
         if route.otherwise:
             ruling.otherwise = getattr(self._endpoints, route.otherwise)
-        ruling.caller, ruling.check = self.access.judge(head, route.role)
+        ruling.caller, ruling.check, ruling.check_needs_body = self.access.judge(head, route.role)
         if head.method == "POST" and head.length is None and not head.chunked:
             # A sender who forgot the length may send a body all the same: it must not pass for a request
             raise Malformed(411, "Content-Length is missing")
@@ -7086,11 +7209,23 @@ class Inbox:
             return
         at = end + (head.length or 0)
         if head.chunked or len(buffer) < at:
+            if not ruling.check_needs_body:
+                self._admit_early(request)
             request.body = self._more_body(head, buffer[end:])
         else:
             request.body, self._buffer = buffer[end:at], buffer[at:]
         if self._buffer:
             self.pipelined = True
+
+    def _admit_early(self, request: Request) -> None:
+        """Refuse who may not send before the body is read: what a stranger sends takes no place from others.
+        Raises Refusal, which ends the connection."""
+        self._connection.enter(Phase.WORK)
+        try:
+            self._endpoints.admit(request)
+        except Refusal as refusal:
+            refusal.close = True
+            raise
 
     def recv(self) -> bytes:
         """What the peer sent, b"" when it ended, broke, or took too long."""
@@ -7207,6 +7342,7 @@ class Connection(BaseHTTPRequestHandler):
         """Called once, before handle(). Raises OSError when the peer is gone already."""
         # For the life of the connection
         self.socket, self.address = self.request, self.client_address[0]
+        self.certificate_names: tuple = ()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.endpoints: Endpoints = self.server.endpoints
         self.inbox, self.outbox = Inbox(self), Outbox(self)
@@ -7247,7 +7383,7 @@ class Connection(BaseHTTPRequestHandler):
         if not buffer:
             self.close_connection = True
             return
-        request = Request(NO_RULING, b"", self.endpoints.ids.next(), self)
+        request = Request(NO_RULING, b"", self.endpoints.ids.next(), self, may_wait=True)
         try:
             response = self._answer_to(request, buffer)
             if response is not None:
@@ -7276,10 +7412,10 @@ class Connection(BaseHTTPRequestHandler):
         direct = ruling.ordinary and SENDS_AT_ONCE and not self.server.draining
         if not direct:
             self.outbox.settle()                        # a pipelined reader sees what was sent before it
-        endpoint = self.endpoints.admit(request)
+        self.endpoints.admit(request)
         if ruling.route.reads:
             self.hold(self.server.reads, 1, "Too many reads are under way; try again")
-        response = endpoint(request, *ruling.arguments)
+        response = request.endpoint(request, *ruling.arguments)
         if response is not None:
             return response
         request.arrived = time.monotonic()
@@ -7886,12 +8022,14 @@ class FilesRead(NamedTuple):
     """What the files say that an operator may change while the service runs; no `clients` in open mode."""
     contract: Contract
     schema_text: bytes
-    clients: Optional[list]
+    clients: Optional[ClientsFile]
     warnings: list
 
     def summary(self) -> str:
         """In a few words, for the log."""
-        return f"schema and {len(self.clients)} clients" if self.clients is not None else "schema"
+        if self.clients is None:
+            return "schema"
+        return f"schema and {len(self.clients.clients)} clients"
 
 
 def read_files(config: Config) -> FilesRead:
@@ -7899,7 +8037,7 @@ def read_files(config: Config) -> FilesRead:
     contract, schema_text, warnings = read_schema(config.schema)
     clients = None
     if config.clients:
-        clients = read_clients(config.clients)
+        clients = read_clients(config.clients, bool(getattr(config, "tls_client_ca", "")))
         warnings += warn_if_others_can_read("clients", config.clients)
     return FilesRead(contract, schema_text, clients, warnings)
 
@@ -8024,7 +8162,7 @@ class WebhookServer:
     def _make_rules(self, files: FilesRead, loopback: bool) -> Rules:
         access: Any = OpenAccess(self.store, self.config.rate_limit)
         if files.clients is not None:
-            access = Access(files.clients, lambda tenant: self.store, self.config.rate_limit)
+            access = Access(files.clients.clients, None, lambda tenant: self.store, self.config.rate_limit)
         redactor = Redactor(self.config.log_payloads)
         return Rules(self.config, files.contract, files.schema_text, redactor, access, self._endpoints, loopback)
 
