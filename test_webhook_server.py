@@ -6441,6 +6441,143 @@ class AccessTest(HTTPTest):
         self.assertIn(b" 401 ", connection.recv(65536))
 
 
+class TenantTest(HTTPTest):
+    """One receiver, and nothing of one tenant is seen by another."""
+
+    def start_tenants(self, **settings):
+        entries = [key_entry("sender", *receiver.ROLES[:3], tenant="north"),
+                   key_entry("reader", *receiver.ROLES[:3], tenant="south"), key_entry("admin"),
+                   key_entry("operator", "sender", "reader", "operator"), key_entry("both", "admin", tenant="north")]
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": entries}))
+        path.chmod(0o600)
+        server = self.start(clients=str(path), **settings)
+        self.as_ = {"north": {"X_API_Key": KEYS["sender"]}, "south": {"X_API_Key": KEYS["reader"]},
+                    "default": {"X_API_Key": KEYS["operator"]}, "admin": {"X_API_Key": KEYS["admin"]},
+                    "north admin": {"X_API_Key": KEYS["both"]}}
+        return server
+
+    def file_of(self, tenant):
+        return self.database.with_name(f"{self.database.stem}.{tenant}{self.database.suffix}")
+
+    def test_a_tenant_has_a_file_beside_the_database_that_is_made_at_start(self):
+        self.start_tenants()
+        self.assertTrue(self.file_of("north").exists() and self.file_of("south").exists())
+        for path, expected in (("a/appointments.db", "a/appointments.north.db"), ("events", "events.north"),
+                               ("a.b/events", "a.b/events.north"), ("x.y.sqlite", "x.y.north.sqlite")):
+            self.assertEqual(receiver.database_of(path, "north"), expected)
+
+    def test_the_same_event_is_new_to_each_tenant_and_has_an_id_of_its_own(self):
+        server = self.start_tenants()
+        for who in ("north", "south", "default"):
+            answer = self.post(server, event(notes=who), **self.as_[who])
+            self.assertEqual((answer.status, answer.json["event_id"]), (200, 1))
+            self.assertEqual(self.post(server, event(notes=who), **self.as_[who]).json["identical"], True)
+        for tenant in ("north", "south"):
+            self.assertEqual(rows(self.file_of(tenant), "SELECT notes FROM appointment_events"), tenant)
+        self.assertEqual(rows(self.database, "SELECT notes FROM appointment_events"), "default")
+
+    def test_no_filter_id_or_cursor_gives_another_tenants_events(self):
+        server = self.start_tenants()
+        for number in range(3):
+            self.post(server, event(appointment_id=f"N{number}", patient_id="P"), **self.as_["north"])
+        self.post(server, event(appointment_id="S0", patient_id="P"), **self.as_["south"])
+        for query in ("", "?patient_id=P", "?appointment_id=N0", "?after=0", "?limit=1000", "?event_type=scheduled"):
+            with self.subTest(query):
+                answer = self.call(server, path=PATH + query, **self.as_["south"])
+                self.assertEqual({one["appointment_id"] for one in answer.json["events"]} - {"S0"}, set())
+        self.assertEqual([self.call(server, path=f"{PATH}/{number}", **self.as_["south"]).status for number in (1, 2, 3)],
+                         [200, 404, 404])
+        page = self.call(server, path=PATH + "?limit=1", **self.as_["north"]).json["next"]
+        self.assertEqual(self.call(server, path=page, **self.as_["south"]).json["events"], [])
+
+    def test_only_an_admin_of_the_default_tenant_names_another(self):
+        server = self.start_tenants()
+        for number in range(2):
+            self.post(server, event(appointment_id=f"N{number}"), **self.as_["north"])
+        for who, tenant, status in (("admin", "north", 200), ("admin", "south", 200), ("admin", "none", 404),
+                                    ("default", "north", 403), ("default", "none", 403), ("north admin", "south", 403),
+                                    ("north admin", "north", 403), ("south", "north", 403), ("north", "", 403)):
+            for path in (f"{PATH}?tenant={tenant}", f"{PATH}?%74enant={tenant}", f"{PATH}/1?tenant={tenant}"):
+                with self.subTest(who, path=path):
+                    is_there = "/1?" not in path or (who, tenant) != ("admin", "south")
+                    self.assertEqual(self.call(server, path=path, **self.as_[who]).status, status if is_there else 404)
+        page = self.call(server, path=PATH + "?tenant=north&limit=1", **self.as_["admin"]).json
+        self.assertEqual([one["appointment_id"] for one in page["events"]], ["N0"])
+        page = self.call(server, path=page["next"], **self.as_["admin"]).json
+        self.assertEqual([one["appointment_id"] for one in page["events"]], ["N1"])
+        self.assertEqual(self.call(server, path=PATH + "?tenant=north&tenant=south", **self.as_["admin"]).status, 400)
+        self.assertEqual(self.post(server, event(), **self.as_["admin"]).status, 200)
+        self.assertEqual(self.call(server, "POST", PATH + "?tenant=north", event(), **self.as_["admin"]).status, 409)
+
+    def test_without_clients_there_are_no_tenants(self):
+        self.assertEqual(self.call(self.start(), path=PATH + "?tenant=north").status, 404)
+
+    def test_a_locked_database_of_one_is_no_affair_of_the_others(self):
+        server = self.start_tenants(busy_timeout=0.2)
+        with contextlib.closing(sqlite3.connect(str(self.file_of("north")), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            self.assertEqual(self.post(server, **self.as_["north"]).status, 503)
+            for who in ("south", "default"):
+                self.assertEqual(self.post(server, **self.as_[who]).status, 200)
+                checks = self.call(server, path="/health", **self.as_[who]).json["checks"]
+                self.assertEqual(checks["database"]["status"], "ok")
+            other.execute("ROLLBACK")
+        self.assertEqual(self.post(server, **self.as_["north"]).status, 200)
+        log = self.log_text(server)
+        self.assertIn("Events of north cannot be stored", log)
+        self.assertIn("Events of north are stored again", log)
+        self.assertNotIn("Events cannot be stored", log)
+
+    def test_health_shows_a_tenant_its_own_database_and_the_default_one_all(self):
+        server = self.start_tenants()
+        for who, more in (("north", set()), ("default", {"database of north", "database of south"})):
+            answer = self.call(server, path="/health", **self.as_[who])
+            self.assertEqual(set(answer.json["checks"]), {"database", "disk", "log", "service"} | more)
+            self.assertEqual(answer.json["checks"]["database"], {"status": "ok", "breaker": "closed"})
+
+    def test_the_breaker_of_one_tenant_opens_alone_and_health_says_so(self):
+        server = self.start_tenants(busy_timeout=0.05)
+        self.file_of("north").unlink()
+        for _ in range(receiver.BREAKER_FAILURES):
+            self.assertEqual(self.post(server, **self.as_["north"]).status, 503)
+        self.assertEqual(self.call(server, path="/health", **self.as_["north"]).json["checks"]["database"]["breaker"], "open")
+        self.assertEqual(self.call(server, path="/health", **self.as_["south"]).json["checks"]["database"]["breaker"],
+                         "closed")
+
+    def test_a_reload_opens_the_database_of_a_new_tenant_and_one_that_cannot_be_opened_keeps_the_old_rules(self):
+        server, path = self.start_tenants(), self.folder / "clients.json"
+        self.file_of("west").write_text("no database at all, but a text that is long enough to be looked at" * 20)
+        entries = [key_entry("sender", tenant="west"), key_entry("reader", tenant="east")]
+        path.write_text(json.dumps({"clients": entries}))
+        self.assertFalse(server.reload())
+        self.assertEqual(self.post(server, **self.as_["north"]).status, 200)
+        self.file_of("west").unlink()
+        self.assertTrue(server.reload())
+        self.assertEqual(self.post(server, X_API_Key=KEYS["sender"]).status, 200)
+        self.assertEqual(rows(self.file_of("west")), 1)
+        self.assertIn("ERROR - [-] Nothing was reloaded", self.log_text(server))
+
+    def test_pipelined_events_of_two_tenants_are_answered_in_order_each_from_its_own_store(self):
+        server = self.start_tenants()
+        names = ["sender", "operator", "sender", "operator", "operator", "sender"] * 5
+        data = b"".join(post_bytes(event(appointment_id=str(number)), "X-API-Key: " + KEYS[name])
+                        for number, name in enumerate(names))
+        answers = self.talk(server, data)
+        self.assertEqual([answer.status for answer in answers], [200] * len(names))
+        self.assertEqual([answer.json["event_id"] for answer in answers],
+                         [names[:at + 1].count(name) for at, name in enumerate(names)])
+
+    def test_a_stop_closes_all_and_on_event_hears_of_all(self):
+        heard = []
+        server = self.start_tenants(on_event=heard.append)
+        for who in ("north", "south", "default"):
+            self.post(server, event(notes=who), **self.as_[who])
+        server.stop()
+        self.assertEqual(sorted(one.notes for one in heard), ["default", "north", "south"])
+        self.assertEqual([name for name in files(self.folder) if name.endswith(("-wal", "-shm"))], [])
+
+
 # =============================================================================
 # TLS and proxies
 # =============================================================================
@@ -7031,7 +7168,7 @@ class RulesTest(unittest.TestCase):
 
     def rules(self, loopback=True, **settings):
         config = Config(**settings)
-        endpoints = receiver.Endpoints(config, None, None, {})
+        endpoints = receiver.Endpoints(config, None, None)
         access = receiver.OpenAccess(None, 0)
         endpoints.rules = receiver.Rules(config, None, b"", None, access, None, endpoints, loopback)
         return endpoints.rules
@@ -7180,7 +7317,7 @@ class ReceiveTest(HTTPTest):
         self.assertRegex(self.log_text(server), "WARNING - .* 200 duplicate event_id=1 ")
 
     def test_the_answer_out_of_the_template_is_the_one_that_any_other_way_would_make(self):
-        endpoints = receiver.Endpoints(Config(), None, None, {})
+        endpoints = receiver.Endpoints(Config(), None, None)
         request, date = mock.Mock(id="2025-01-10T14:23:15.123456"), "Fri, 10 Jan 2025 14:23:15 GMT"
         for event_id in (1, 9, 10, 12345, 2 ** 63 - 1):
             response = receiver.stored_response(request.id, event_id)
@@ -7569,8 +7706,8 @@ class HealthTest(HTTPTest):
             asked.append((name, wait))
             return {"status": "ok"}
         checks = {name: functools.partial(check, name) for name in ("database", "disk", "log", "on_event")}
-        endpoints = receiver.Endpoints(Config(), None, None, checks)
-        self.assertEqual(endpoints.health(None).status, 200)
+        endpoints = receiver.Endpoints(Config(), None, lambda store: checks)
+        self.assertEqual(endpoints.health(mock.Mock()).status, 200)
         self.assertEqual(asked[:4], [(name, 0.0) for name in checks])
         self.assertEqual([name for name, _ in asked[4:]], list(checks))
         self.assertLessEqual(max(wait for _, wait in asked), 0.05)

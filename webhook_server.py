@@ -3428,7 +3428,8 @@ class SQLite:
     WAL_BYTES = 64 * 1024 * 1024    # what a WAL that had to grow longer is cut to when it is started anew
     FULL_CHECK_BYTES = 256 * 1024 * 1024  # larger files are not read whole at start: it would take seconds
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, cache_kib: int = CACHE_KIB) -> None:
+        self._cache_kib = cache_kib
         self.path = os.path.abspath(path)   # connections are made later, too: chdir must not lead them astray
         self.notes: list = []               # what opening has to tell, line by line
         self.is_new = False
@@ -3459,7 +3460,7 @@ class SQLite:
                                   "state before that; README says how to restore")
             if os.path.getsize(self.path):
                 self._inspect()
-            self.writer = self.connect(self.CACHE_KIB - self.readers.MOST * self.readers.CACHE_KIB)
+            self.writer = self.connect(self._cache_kib - self.readers.MOST * self.readers.CACHE_KIB)
             self._prepare(self.writer)
             if self.is_new:
                 self.notes += _notes_of_saved(self.path)
@@ -4621,6 +4622,11 @@ class Store:
             raise outcome.error
         return waiting.result
 
+    @property
+    def breaker_state(self) -> str:
+        """"closed", "open" or "half-open"."""
+        return self._breaker.state
+
     def settle(self) -> None:
         """Wait until everything submitted before this call is done. Not for the threads that commit."""
         with self._lead_lock:
@@ -5517,15 +5523,21 @@ class ChunkedBody:
         return bool(line)
 
 
-def parse_query(query: str, known: Iterable) -> dict:
-    """Parameters of a query string, each at most once. Raises Refusal that names the wrong one."""
-    values: dict = {}
+def query_pairs(query: str) -> Iterator[tuple]:
+    """(name, value) of each parameter in a query string. Raises Refusal where it is not UTF-8."""
     for pair in filter(None, query.split("&")):
         name, _, value = pair.partition("=")
         try:
             name, value = (unquote_to_bytes(part.replace("+", " ")).decode() for part in (name, value))
         except UnicodeDecodeError:
             raise Refusal(400, "The query is not UTF-8") from None
+        yield name, value
+
+
+def parse_query(query: str, known: Iterable) -> dict:
+    """Parameters of a query string, each at most once. Raises Refusal that names the wrong one."""
+    values: dict = {}
+    for name, value in query_pairs(query):
         if name not in known:
             raise Refusal(400, f"Unknown filter {{}}; known are {', '.join(known)}", name)
         if name in values:
@@ -6038,6 +6050,17 @@ def _deny_role(role: str) -> None:
     _deny(f"This takes the role {role}", "insufficient_scope")
 
 
+def _say_unknown_tenant() -> None:
+    raise Refusal(404, "There is no such tenant")
+
+
+def _tenant_asked_for(head: Head, role: str) -> Optional[str]:
+    """The tenant that a read names, None for that of who reads. Raises Refusal."""
+    if role != "reader" or not head.query:
+        return None
+    return next((value for name, value in query_pairs(head.query) if name == "tenant"), None)
+
+
 def _deny(reason: str, error: str = "") -> None:
     """Raise the 403 of a client that is known. Made anew each time: a raised one keeps its traceback."""
     fields = {"WWW-Authenticate": f'{CHALLENGE}, error="{error}"'} if error else {}
@@ -6122,6 +6145,8 @@ class OpenAccess:
 
     def judge(self, head: Head, role: str) -> tuple:
         """As Access.judge()."""
+        if _tenant_asked_for(head, role) is not None:
+            _say_unknown_tenant()
         return self._everybody, self._limit, False
 
 
@@ -6140,8 +6165,9 @@ class Access:
 
     def __init__(self, clients: list, tokens: Optional[Tokens], store_of: Callable[[str], Any],
                  rate_limit: float) -> None:
-        """`store_of(tenant)` is a tenant's store; `rate_limit` requests a second for unknown addresses."""
-        self._tokens = tokens
+        """`store_of(tenant)` is a tenant's store, None where there is no such tenant; `rate_limit` requests a
+        second for unknown addresses."""
+        self._tokens, self._store_of = tokens, store_of
         self._nobody = Caller("", store_of(""))
         self._callers = {client: Caller(client.name, store_of(client.tenant)) for client in clients}
         self._limit = _limit_of(rate_limit)
@@ -6164,9 +6190,24 @@ class Access:
         evidence = self._evidence(head)
         for client in evidence.clients:
             if client.is_proven_by({"key_sha256"}):
-                return self._callers[client], client.admission(role), False
+                return *self._admitted(client, role, head), False
         check = functools.partial(self._check, head, evidence, role)
         return self._nobody, check, bool(evidence.signers)
+
+    def _admitted(self, client: Client, role: str, head: Head) -> tuple:
+        """(Caller, Check or None) of a client that is known."""
+        caller, check = self._callers[client], client.admission(role)
+        tenant = _tenant_asked_for(head, role)
+        if tenant is None:
+            return caller, check
+        store = self._store_of(tenant)
+        caller = caller._replace(store=store)
+        if client.tenant or "admin" not in client.roles:
+            # Whether there is such a tenant is nobody else's business
+            return caller, lambda request: _deny("Only an admin of the default tenant may name another")
+        if store is None:
+            return caller, lambda request: _say_unknown_tenant()
+        return caller, check
 
     def _evidence(self, head: Head) -> Evidence:
         bearer = _BEARER.fullmatch(head.get("authorization"))
@@ -6200,8 +6241,7 @@ class Access:
                 proofs.setdefault(self._by_certificate[name], set()).add("certificate")
         for client, kinds in proofs.items():
             if client.is_proven_by(kinds):
-                request.caller = self._callers[client]
-                admission = client.admission(role)
+                request.caller, admission = self._admitted(client, role, head)
                 if admission is not None:
                     admission(request)
                 return
@@ -6351,6 +6391,7 @@ PARAMETERS = {
     "until": Parameter(_instant, "appointments before this time"),
     "after": Parameter(_whole(0, 2 ** 63 - 1), "events with a higher id: where the last page ended"),
     "limit": Parameter(_whole(1), "how many events at most"),
+    "tenant": Parameter(str, "events of this tenant, for an admin of the default one"),
 }
 
 
@@ -6449,13 +6490,13 @@ class Reading:
 
 class Endpoints:
     """The endpoints, and what every answer shares. An endpoint takes a Request and gives a Response, or None
-    when it has left an event in the request. `rules` may be exchanged at any time; `checks` are those of
-    /health."""
+    when it has left an event in the request. `rules` may be exchanged at any time; `checks_of(store)` are
+    those of /health for who uses that store."""
 
-    def __init__(self, config: Config, store: Store, log: Log, checks: dict) -> None:
+    def __init__(self, config: Config, log: Log, checks_of: Callable[[Any], dict]) -> None:
         self.rules: Rules = None
         self.warnings: list = []        # what /health tells beside its checks
-        self.store, self.log, self.checks = store, log, checks
+        self.log, self._checks_of = log, checks_of
         self.ids, self._date = RequestIds(), PerSecond(http_date)
         self._identical_is_fine = config.duplicates == "ok"
         # Held by the one thread that works on a large body or a read: each more would have everybody wait
@@ -6577,11 +6618,12 @@ class Endpoints:
 
     def ready(self, request: Request) -> Response:
         """GET /health/ready: whatever is needed to take events."""
-        return self._health({name: check for name, check in self.checks.items() if name in NEEDED})
+        checks = self._checks_of(request.caller.store)
+        return self._health({name: check for name, check in checks.items() if name in NEEDED})
 
     def health(self, request: Request) -> Response:
         """GET /health."""
-        return self._health(self.checks)
+        return self._health(self._checks_of(request.caller.store))
 
     def ready_status(self, request: Request) -> Response:
         """GET /health/ready for who may not see what is checked."""
@@ -8390,6 +8432,67 @@ def _disk_found(disk: Checkup, wait: float) -> dict:
     return found or check_of("")
 
 
+class Stores:
+    """The stores of all tenants, by name; "" is the default one. Each has a database and a writer of its own,
+    so that no lock, no failure and no id of one shows in another. Once open they stay so until stop()."""
+    TENANT_CACHE_KIB = 8192             # of pages: fifty tenants may have as many databases
+
+    def __init__(self, config: Config, make: Callable[[SQLite, str], Store]) -> None:
+        """`make(engine, tenant)` gives a Store that has not been opened."""
+        self._database, self._make = config.database, make
+        self.default = make(SQLite(config.database), "")
+        self._open: dict = {}           # tenant: Store
+
+    def open(self, tenants: Iterable) -> list:
+        """Open and start those that are not. Returns what opening had to tell, line by line. Raises
+        SetupError; then none of them was opened."""
+        opened, notes = {}, []
+        try:
+            for tenant in tenants:
+                if tenant not in self._open and tenant not in opened:
+                    store = self.default
+                    if tenant:
+                        engine = SQLite(database_of(self._database, tenant), self.TENANT_CACHE_KIB)
+                        store = self._make(engine, tenant)
+                    store.open()
+                    opened[tenant] = store
+                    store.start()
+                    notes += store.engine.notes
+        except BaseException:
+            for store in opened.values():
+                store.stop()
+            raise
+        self._open = {**self._open, **opened}
+        return notes
+
+    def of(self, tenant: str) -> Optional[Store]:
+        """The store of a tenant; None where none is open."""
+        return self._open.get(tenant)
+
+    def checks_for(self, store: Store) -> dict:
+        """The checks of /health of the databases that may be seen by who uses `store`."""
+        checks = {"database": functools.partial(_check_of_store, store)}
+        if store is self.default:
+            checks.update((f"database of {tenant}", functools.partial(_check_of_store, other))
+                          for tenant, other in self._open.items() if tenant)
+        return checks
+
+    def stop(self) -> None:
+        """Commit what was submitted, and close them all."""
+        for store in {self.default, *self._open.values()}:
+            store.stop()
+
+
+def database_of(path: str, tenant: str) -> str:
+    """The file of a tenant, beside that of the default one: appointments.north.db beside appointments.db."""
+    stem, suffix = os.path.splitext(path)
+    return f"{stem}.{tenant}{suffix}"
+
+
+def _check_of_store(store: Store, wait: float) -> dict:
+    return {**check_of(store.health(wait)), "breaker": store.breaker_state}
+
+
 class FilesRead(NamedTuple):
     """What the files say that an operator may change while the service runs; no `clients` in open mode."""
     contract: Contract
@@ -8397,6 +8500,12 @@ class FilesRead(NamedTuple):
     clients: Optional[ClientsFile]
     tls: Any
     warnings: list
+
+    @property
+    def tenants(self) -> list:
+        """The tenants that the clients belong to, the default one first."""
+        clients = self.clients.clients if self.clients is not None else []
+        return ["", *sorted({client.tenant for client in clients} - {""})]
 
     def summary(self) -> str:
         """In a few words, for the log."""
@@ -8467,9 +8576,10 @@ class WebhookServer:
         if on_event is not None:
             self._callbacks = Callbacks(on_event, self.log)
             on_stored = self._callbacks.put
-        self.store = Store(SQLite(config.database), config.busy_timeout, on_stored, self._tell_trouble,
-                           self._tell_bug)
-        self._endpoints = Endpoints(config, self.store, self.log, self._checks())
+        self._stores = Stores(config, lambda engine, tenant: Store(
+            engine, config.busy_timeout, on_stored, functools.partial(self._tell_trouble, tenant), self._tell_bug))
+        self._checks = self._own_checks()
+        self._endpoints = Endpoints(config, self.log, self._checks_of)
         self._clock = Clock(self._tell_bug)
         self._server: Optional[Server] = None
         self._lock = threading.RLock()              # a signal handler may call stop() in the midst of stop()
@@ -8486,6 +8596,11 @@ class WebhookServer:
     def port(self) -> int:
         """The port that it has, also where 0 was asked for. Known once it has started."""
         return self._bound().port
+
+    @property
+    def store(self) -> Store:
+        """That of the default tenant."""
+        return self._stores.default
 
     def _bound(self) -> Server:
         if self._server is None:
@@ -8514,18 +8629,17 @@ class WebhookServer:
         server = Server(self.config, self._endpoints)
         running.callback(server.server_close)
         self._endpoints.warnings = warnings_of_open_door(self.config, server.loopback)
-        self._endpoints.rules = self._make_rules(self._files, server.loopback)
         running.callback(self._say_stopped)
         if self._callbacks is not None:
             running.callback(self._callbacks.stop, self.config.shutdown_timeout, self._tell_wait)
-        running.callback(self.store.stop)
-        self.store.open()
+        running.callback(self._stores.stop)
+        notes = self._stores.open(self._files.tenants)
+        self._endpoints.rules = self._make_rules(self._files, server.loopback)
         self.log.start()
-        for warning in self.warnings + self._endpoints.warnings + self.store.engine.notes:
+        for warning in self.warnings + self._endpoints.warnings + notes:
             self.log.line("WARNING", warning)
         if self._callbacks is not None:
             self._callbacks.start()
-        self.store.start()
         self._clock.every(REAP_SECONDS, "reaper", server.expire)
         self._clock.start()
         running.callback(self._clock.stop)
@@ -8538,7 +8652,7 @@ class WebhookServer:
     def _make_rules(self, files: FilesRead, loopback: bool) -> Rules:
         access: Any = OpenAccess(self.store, self.config.rate_limit)
         if files.clients is not None:
-            access = Access(files.clients.clients, None, lambda tenant: self.store, self.config.rate_limit)
+            access = Access(files.clients.clients, None, self._stores.of, self.config.rate_limit)
         redactor = Redactor(self.config.log_payloads)
         return Rules(self.config, files.contract, files.schema_text, redactor, access, files.tls,
                      self._endpoints, loopback)
@@ -8551,20 +8665,24 @@ class WebhookServer:
         server = self._bound()
         try:
             files = read_files(self.config)
+            notes = self._stores.open(files.tenants)
         except SetupError as error:
             self.log.line("ERROR", f"Nothing was reloaded, the settings of before go on: {error}")
             return False
-        for warning in files.warnings:
+        for warning in files.warnings + notes:
             self.log.line("WARNING", warning)
         self._endpoints.rules = self._make_rules(files, server.loopback)
         self.log.line("INFO", f"Reloaded: {files.summary()}")
         return True
 
-    def _checks(self) -> dict:
-        """The checks of /health: each takes the seconds that it may wait."""
+    def _checks_of(self, store: Store) -> dict:
+        """The checks of /health for who uses `store`."""
+        return {**self._stores.checks_for(store), **self._checks}
+
+    def _own_checks(self) -> dict:
+        """Those that are the same for all: each takes the seconds that it may wait."""
         disk = Checkup("disk", lambda: check_disk(self.config.database))
-        checks = {"database": lambda wait: check_of(self.store.health(wait)),
-                  "disk": lambda wait: _disk_found(disk, wait),
+        checks = {"disk": lambda wait: _disk_found(disk, wait),
                   "log": lambda wait: check_of(self.log.trouble()),
                   "service": lambda wait: check_of(self._stopping())}
         if self._callbacks is not None:
@@ -8620,12 +8738,13 @@ class WebhookServer:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def _tell_trouble(self, trouble: str) -> None:
+    def _tell_trouble(self, tenant: str, trouble: str) -> None:
+        whose = f"Events of {tenant}" if tenant else "Events"
         if trouble:
-            self.log.line("ERROR", "Events cannot be stored and are answered 503, so that senders try again: "
+            self.log.line("ERROR", f"{whose} cannot be stored and are answered 503, so that senders try again: "
                                    f"{trouble}")
         else:
-            self.log.line("INFO", "Events are stored again")
+            self.log.line("INFO", f"{whose} are stored again")
 
 
 def _sink_of(config: Config, logger: Any) -> Any:
