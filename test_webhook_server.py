@@ -1595,6 +1595,130 @@ class EventTest(unittest.TestCase):
     def test_what_is_about_a_person_is_known_by_name(self):
         self.assertEqual(receiver.PERSONAL_FIELDS, {"patient_id", "notes"})
 
+    # -- what the schema marks
+
+    MARK = {"x-pii": True}
+    # {name: (keywords of the schema, a path that the mark reaches, one beside it that it does not)}
+    MARKED = {
+        "a member": ({"properties": {"phone": MARK, "room": {}}}, ["phone"], ["room"]),
+        "a nested member": ({"properties": {"visit": {"properties": {"doctor": MARK, "room": True}}}},
+                            ["visit", "doctor"], ["visit", "room"]),
+        "all beneath a member": ({"properties": {"a": {**MARK, "properties": {"b": {"items": {}}}},
+                                                 "c": {"properties": {"b": {"items": {}}}}}},
+                                 ["a", "b", 0], ["c", "b", 0]),
+        "all beneath, whatever says no there": (
+            {"properties": {"a": {**MARK, "properties": {"b": {"x-pii": False}}},
+                            "c": {"properties": {"b": {"x-pii": False}}}}}, ["a", "b"], ["c", "b"]),
+        "items": ({"properties": {"a": {"items": MARK}, "b": {"items": {}}}}, ["a", 5], ["b", 5]),
+        "members of items": ({"properties": {"a": {"items": {"properties": {"b": MARK, "c": {}}}}}},
+                             ["a", 0, "b"], ["a", 0, "c"]),
+        "the first item": ({"properties": {"a": {"prefixItems": [MARK], "items": {}}}}, ["a", 0], ["a", 1]),
+        "the items behind": ({"properties": {"a": {"prefixItems": [{}], "items": MARK}}}, ["a", 1], ["a", 0]),
+        "contains": ({"properties": {"a": {"contains": MARK}, "b": {"contains": {}}}}, ["a", 0], ["b", 0]),
+        "unevaluatedItems": ({"properties": {"a": {"items": {}, "unevaluatedItems": MARK}, "b": {"items": {}}}},
+                             ["a", 0], ["b", 0]),
+        "$ref": ({"properties": {"a": {"$ref": "#/$defs/p"}, "b": {"$ref": "#/$defs/n"}},
+                  "$defs": {"p": MARK, "n": {}}}, ["a"], ["b"]),
+        "$ref to a $ref, by name": ({"properties": {"a": {"$ref": "#p"}, "b": {}},
+                                     "$defs": {"x": {"$anchor": "p", "$ref": "other"},
+                                               "y": {"$id": "other", "$ref": "#/$defs/z", "$defs": {"z": MARK}}}},
+                                    ["a"], ["b"]),
+        "$ref beside others": ({"properties": {"a": {"$ref": "#/$defs/n", **MARK}, "b": {"$ref": "#/$defs/n"}},
+                                "$defs": {"n": {}}}, ["a"], ["b"]),
+        "a schema that refers to itself": (
+            {"properties": {"a": {"$ref": "#/$defs/person"}},
+             "$defs": {"person": {"properties": {"name": MARK, "sees": {"$ref": "#/$defs/person"}}}}},
+            ["a", "sees", "sees", "name"], ["a", "sees", "sees"]),
+        "$dynamicRef": ({"properties": {"a": {"$dynamicRef": "#p"}, "b": {}},
+                         "$defs": {"x": {"$dynamicAnchor": "p", **MARK}}}, ["a"], ["b"]),
+        "a $dynamicRef that another resource fills": (
+            {"properties": {"a": {"$ref": "list"}, "b": {}}, "$defs": {
+                "x": {"$id": "list", "items": {"$dynamicRef": "#p"}, "$defs": {"y": {"$dynamicAnchor": "p"}}},
+                "z": {"$id": "mine", "$ref": "list", "$defs": {"y": {"$dynamicAnchor": "p", **MARK}}}}},
+            ["a", 0], ["b"]),
+        "allOf": ({"properties": {"a": {"allOf": [{}, MARK]}, "b": {"allOf": [{}]}}}, ["a"], ["b"]),
+        "allOf around": ({"allOf": [{"properties": {"a": MARK}}], "properties": {"a": {}, "b": {}}}, ["a"], ["b"]),
+        "anyOf": ({"properties": {"a": {"anyOf": [MARK, {}]}, "b": {}}}, ["a"], ["b"]),
+        "oneOf around": ({"oneOf": [{"properties": {"a": MARK}}, {"required": ["b"]}]}, ["a"], ["b"]),
+        "then": ({"if": {}, "then": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
+        "else": ({"if": {}, "else": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
+        "if": ({"if": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
+        "not": ({"properties": {"a": {"not": MARK}, "b": {"not": {"type": "null"}}}}, ["a"], ["b"]),
+        "dependentSchemas": ({"dependentSchemas": {"c": {"properties": {"a": MARK, "b": {}}}}}, ["a"], ["b"]),
+        "patternProperties": ({"properties": {"home_phone": {}, "room": {}}, "patternProperties": {"phone$": MARK}},
+                              ["home_phone"], ["room"]),
+        "a pattern not tried on long names": (
+            {"properties": {"a" * 200 + "c": {}, "b": {}}, "patternProperties": {"^(a+)+$": MARK}},
+            ["a" * 200 + "c"], ["b"]),
+        "additionalProperties": ({"required": ["a"], "properties": {"b": {}}, "additionalProperties": MARK},
+                                 ["a"], ["b"]),
+        "unevaluatedProperties": ({"required": ["a"], "properties": {"b": {}}, "unevaluatedProperties": MARK},
+                                  ["a"], ["b"]),
+        "propertyNames": ({"properties": {"a": {"properties": {"b": {}}, "propertyNames": MARK}, "b": {}}},
+                          ["a", "b"], ["b"]),
+        "contentSchema": ({"properties": {"a": {"contentSchema": MARK}, "b": {"contentSchema": {}}}}, ["a"], ["b"]),
+        "no name in the schema": ({"properties": {"a": {}}}, ["b"], ["a"]),
+        "a name that only a pattern allows": (
+            {"properties": {"a": {}}, "patternProperties": {"^b$": {}}}, ["b"], ["a"]),
+        "a name that is allowed like any other": ({"properties": {"a": {}}, "additionalProperties": {}}, ["b"], ["a"]),
+        "a name known elsewhere": ({"properties": {"a": {"properties": {"b": {}}}}}, ["b"], ["a", "b"]),
+        "nothing said of what is below": ({"properties": {"a": {"type": "object"}}}, ["a", "b"], ["a"]),
+        "nothing said of items": ({"properties": {"a": {"type": "array"}}}, ["a", 0], ["a"]),
+        "a column of the table": ({"properties": {"appointment_id": MARK}}, ["appointment_id"], ["event_type"]),
+        "a column that the schema does not name": ({}, ["patient_id"], ["appointment_id"]),
+        "beneath a column": ({}, ["timestamp", "a"], ["timestamp"]),
+        "beneath one that is always personal": ({"properties": {"notes": {"items": {}}, "a": {"items": {}}}},
+                                                ["notes", 0], ["a", 0]),
+        "what must not be unmarked": ({"properties": {"patient_id": {"x-pii": False}, "a": {"x-pii": False}}},
+                                      ["patient_id"], ["a"]),
+        "nor notes": ({"properties": {"notes": {"x-pii": False}, "a": {"x-pii": False}}}, ["notes"], ["a"]),
+    }
+
+    def test_a_mark_reaches_what_it_stands_at_and_all_beneath_and_nothing_beside(self):
+        for name, (schema, personal, other) in self.MARKED.items():
+            with self.subTest(name):
+                contract = Contract(schema)
+                self.assertEqual((contract.is_personal(personal), contract.is_personal(other)), (True, False))
+        self.assertEqual([Contract(schema).is_personal(path) for schema, path in (
+            ({}, []), (self.MARK, ["event_type"]), (True, ["event_type"]), (True, ["room"]))], [True, True, False, True])
+
+    def test_a_mark_changes_nothing_of_what_is_valid_nor_how_fast_it_is_told(self):
+        marked = self.with_property("appointment_id", **self.MARK)
+        self.assertTrue(marked.schema.accepts(event(notes=None)))
+        self.assertEqual(self.problems(event(appointment_id=""), marked), self.problems(event(appointment_id="")))
+
+    def test_the_columns_that_are_personal_are_two_and_those_that_are_marked(self):
+        for schema, more in ((receiver.EVENT_SCHEMA, set()), (True, set()), ({}, set()),
+                             ({"properties": {"patient_id": {"x-pii": False}, "notes": {"x-pii": False}}}, set()),
+                             ({"properties": {"appointment_id": self.MARK, "room": self.MARK}}, {"appointment_id"}),
+                             ({"patternProperties": {"_id$": self.MARK}}, {"appointment_id"}),
+                             ({"properties": {"event_type": {}, "timestamp": {}}, "additionalProperties": self.MARK},
+                              {"appointment_id"}),
+                             (self.MARK, {"appointment_id", "event_type", "timestamp"})):
+            with self.subTest(schema):
+                self.assertEqual(Contract(schema).personal_fields, {"patient_id", "notes"} | more)
+
+    def test_both_schemas_of_ours_mark_the_two(self):
+        for schema in (receiver.EVENT_SCHEMA, json.loads((HERE / "schema.json").read_text())):
+            self.assertEqual([name for name, one in schema["properties"].items() if one.get("x-pii")],
+                             ["patient_id", "notes"])
+
+    def test_a_mark_that_is_not_true_or_false_makes_no_schema_wherever_it_stands(self):
+        for wrong in ("true", "yes", 1, 0, None, [], {}):
+            for schema, place in (({"properties": {"a": {"x-pii": wrong}}}, "/properties/a/x-pii"),
+                                  ({"x-pii": wrong}, "/x-pii"),
+                                  ({"$defs": {"unused": {"items": {"x-pii": wrong}}}}, "/$defs/unused/items/x-pii")):
+                with self.subTest(schema), self.assertRaises(SchemaError) as caught:
+                    Contract(schema)
+                self.assertEqual(str(caught.exception), f"at {place}: x-pii must be true or false")
+
+    def test_a_mark_is_a_known_keyword_and_what_looks_like_one_is_noted(self):
+        for keyword in ("x-PII", "X-PII", "x-pi", "x-piii", "xpii", "x_pii", "pii"):
+            note, = Contract({"properties": {"a": {keyword: True}}}).schema.notes
+            self.assertEqual(note, f"the unknown keyword {keyword} at /properties/a is ignored; did you mean x-pii?")
+        for keyword in ("x-pii", "x-nullable", "x-title", "x-order", "x-id"):
+            self.assertEqual(Contract({"properties": {"a": {keyword: True}}}).schema.notes, [])
+
 
 # =============================================================================
 # Work
@@ -4235,7 +4359,7 @@ class RedactionTest(unittest.TestCase):
 
     def logged(self, mode, value, contract=CONTRACT):
         """What the log says of a JSON value, or of bytes that are none, as the receiver has it said."""
-        redactor = Redactor(mode)
+        redactor = Redactor(mode, contract.personal_fields)
         if isinstance(value, bytes):
             return redactor.unreadable(value)
         value, text = parse_json(json.dumps(value, ensure_ascii=False).encode())
@@ -4326,6 +4450,24 @@ class RedactionTest(unittest.TestCase):
                 self.assertEqual(self.MARK in text, False)
                 masked = name == "timestamp" or not isinstance(value, str)
                 self.assertEqual(text == f'{{"{name}": "***"}}', masked)
+
+    def test_what_the_schema_marks_is_masked_beside_what_is_always_masked(self):
+        whole = {"event_type": '"scheduled"', "appointment_id": '"APT-1"', "patient_id": '"***"',
+                 "timestamp": '"2025-01-10T14:00:00Z"', "notes": '"***"'}
+        for name in ("event_type", "appointment_id", "timestamp"):
+            marked = EventTest.with_property(name, **{"x-pii": True})
+            for members, more in (({}, ""), ({"patient_id": "", "b": 1}, " +1")):
+                with self.subTest(name, refused=bool(more)):
+                    shown = {**whole, name: '"***"'}
+                    parts = [f'"{name}": {value}' for name, value in shown.items()]
+                    self.assertEqual(self.logged("redacted", event(notes="n", **members), marked),
+                                     "{" + ", ".join(parts) + "}" + more)
+        marked = EventTest.with_property("appointment_id", **{"x-pii": True})
+        self.assertEqual(self.logged("redacted", event(), marked),
+                         '{"event_type": "scheduled", "appointment_id": "***", "patient_id": "***", '
+                         '"timestamp": "2025-01-10T14:00:00Z"}')
+        self.assertIn("APT-1", self.logged("full", event(), marked))
+        self.assertEqual(self.logged("none", event(), marked), "")
 
     def test_full_shows_the_payload_as_it_came_and_none_nothing_of_it(self):
         text = '{"event_type":\t"scheduled",\r\n"more": 1.50, "notes": "\u00e9 \U0001f600 \x7f \\n"}'
