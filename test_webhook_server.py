@@ -8367,6 +8367,224 @@ class PrivacyTest(HTTPTest):
                            "timestamp": "2025-01-10T14:00:00Z"}])
 
 
+class LeakTest(HTTPTest):
+    """Every place of a request has a mark of its own, to be looked for in all that the service says anywhere."""
+
+    VISIT = {"type": "object", "unevaluatedProperties": False, "properties": {
+        "room": {"type": "string", "pattern": "^[A-Z]-[0-9]+$"},
+        "doctor": {"type": "string", "maxLength": 3, "x-pii": True},
+        "codes": {"type": "array", "items": {"type": "integer", "maximum": 99}},
+        "kind": {"enum": ["first", "later"]},
+        "tags": {"type": "object", "propertyNames": {"maxLength": 2}},
+        "scores": {"type": "object", "patternProperties": {"^Mk": {"type": "integer", "maximum": 99}}},
+        "parts": {"type": "array", "prefixItems": [{"required": ["id"], "additionalProperties": False,
+                                                    "properties": {"id": {"format": "uuid"}}}]}}}
+    PROPERTIES = {**receiver.EVENT_SCHEMA["properties"], "visit": VISIT,
+                  "closed": {"type": "object", "additionalProperties": False}}
+    # One whose ids and times are a person's, too, and one in which they are not
+    OPEN = {**receiver.EVENT_SCHEMA, "properties": PROPERTIES, "dependentRequired": {"closed": ["visit"]}}
+    MARKED = {**OPEN, "allOf": [{"properties": {"appointment_id": {"x-pii": True}, "timestamp": {"x-pii": True}}}]}
+
+    def setUp(self):
+        super().setUp()
+        self.planted = {}               # mark: (where it stands, whether it is a name)
+        self.numbers = itertools.count(1)
+
+    def value(self, where):
+        return self.plant(f"Mk{next(self.numbers):05}q", where, False)
+
+    def name(self, where):
+        return self.plant(f"Mk{next(self.numbers):05}q", where, True)
+
+    def number(self, where):
+        return int(self.plant(f"90210{next(self.numbers):05}", where, False))
+
+    def time(self, where):
+        return self.plant(f"{2100 + next(self.numbers)}-05-06T07:08:09Z", where, False)
+
+    def plant(self, mark, where, is_name):
+        self.planted[mark] = where, is_name
+        return mark
+
+    def wrong_values(self, where):
+        """Values of each type, most of which no member takes."""
+        yield self.value(where)
+        yield self.value(where) * 100
+        yield self.value(where) + "\r\n\x1b[31m\u2028"
+        yield self.number(where)
+        yield self.number(where) + 0.5
+        yield [self.value(where), [self.number(where)]]
+        yield {self.name(where): self.value(where), "a": {self.name(where): [{self.name(where): True}]}}
+
+    def bodies(self, is_marked):
+        """Bodies full of marks. Where nothing marks them, valid ids and times of events are shown, and so are not planted."""
+        for member in (*receiver.REQUIRED_FIELDS, "notes", "visit", "closed"):
+            for wrong in self.wrong_values(member):
+                if member == "appointment_id" and isinstance(wrong, str) and not is_marked:
+                    wrong = wrong * 40                                      # longer than 255
+                yield event(**{"appointment_id": "Shown-1", "notes": self.value("notes"), member: wrong})
+        for member in (*self.VISIT["properties"], self.name("an unknown member of a closed one")):
+            for wrong in self.wrong_values("visit/" + member):
+                yield event(visit={member: wrong, "doctor": self.value("a marked one, too long")})
+        yield event(closed={self.name("a closed one"): self.value("its value")}, patient_id=self.value("beside it"))
+        yield event(visit={"parts": [{self.name("in an item"): self.value("its value")}]})
+        yield event(visit={"tags": {self.name("too long a name"): 1}})
+        yield event(visit={"scores": {self.name("a name by pattern"): self.number("its value")}})
+        yield event(**{self.name("at the top, refused"): self.value("its value"), "patient_id": ""})
+        yield event(**{self.name("like a pointer") + "/0/~1": self.value("its value"), "timestamp": 1})
+        yield {self.name("alone"): self.value("its value")}
+        yield [self.value("in a list"), event(notes=self.value("in an event in a list"))]
+        yield self.value("a text alone")
+        for last in ("first", "other", "third"):                            # stored, and conflicts of other content
+            yield event(appointment_id="Shown-2", patient_id=self.value(last), notes=self.value(last),
+                        **{self.name(last): {self.name(last): [self.value(last), self.number(last)]}})
+        yield event(appointment_id="Shown-3", visit={"doctor": "Dr.", "room": "A-" + str(self.number("a good one"))})
+        if is_marked:
+            for _ in range(2):
+                yield event(appointment_id=self.value("a marked id"), timestamp=self.time("a marked time"))
+                yield event(appointment_id=self.value("a marked id"), timestamp=self.time("a marked time"), notes=5)
+
+    def broken_bodies(self):
+        """Bytes that are no JSON, or too much of it."""
+        for text in ('{"%s": ', '{"%s" "%s"}', '{"a": "%s', '["%s", tru%s]', "%s", '{"%s": NaN}', '{"%s": 1e999}',
+                     '{"a": "%s\\u0000"}', '{"%s": "\\ud800"}', '{"a": "\\%s"}', '{"a": "%s"} %s', '{%s: 1}', "\ufeff%s",
+                     "[" * 65 + '"%s"', '{"a": [' + "{}," * 10001 + '"%s"]}', '{"a": "%s\n"}'):
+            yield (text % tuple(self.value("no JSON") for _ in range(text.count("%s")))).encode()
+        mark = self.name("a name that comes twice")
+        yield json.dumps({mark: 1, "x": 2}).replace('"x"', f'"{mark}"').encode()
+        yield b'{"a": "' + self.value("before what is no UTF-8").encode() + b'\xff"}'
+        yield json.dumps(self.value("UTF-16")).encode("utf-16")
+
+    def heads(self):
+        """Bytes of requests with marks in their heads."""
+        for first in ("{n} /health HTTP/1.1", "GET /{v} HTTP/1.1", f"GET {PATH}/{{v}} HTTP/1.1", "GET {v} HTTP/1.1",
+                      f"GET {PATH}/%2e%2e/{{v}} HTTP/1.1", f"GET {PATH};{{v}} HTTP/1.1", "GET /health?{n}={v} HTTP/1.1",
+                      f"GET {PATH}?{{n}}={{v}} HTTP/1.1", f"GET {PATH}?{{n}} HTTP/1.1", f"GET {PATH}?patient_id={{v}} HTTP/1.1",
+                      f"GET {PATH}?patient_id={{v}}&patient_id={{v}} HTTP/1.1", f"GET {PATH}?since={{v}} HTTP/1.1",
+                      f"GET {PATH}?until={{v}} HTTP/1.1", f"GET {PATH}?limit={{v}} HTTP/1.1",
+                      f"GET {PATH}?after={{v}} HTTP/1.1", f"GET {PATH}?event_type={{v}} HTTP/1.1",
+                      f"GET {PATH}?appointment_id={{v}}%00 HTTP/1.1", f"GET {PATH}?patient_id={{v}}%ff HTTP/1.1",
+                      f"POST {PATH}?{{n}}={{v}} HTTP/1.1", f"PUT {PATH}?{{n}}={{v}} HTTP/1.1",
+                      "OPTIONS /{v}?{n} HTTP/1.1", "GET /health HTTP/{v}", "GET /health {v} HTTP/1.1",
+                      "GET http://{n}/health HTTP/1.1", "GET http://user:{v}@localhost/health HTTP/1.1",
+                      "CONNECT {v}:443 HTTP/1.1", "GET /health#{v} HTTP/1.1", "GET /health%{v} HTTP/1.1"):
+            first = re.sub("{v}", lambda _: self.value(first), first)
+            yield head_bytes("Content-Length: 0", first=re.sub("{n}", lambda _: self.name(first), first))
+        for name in ("Accept", "Accept-Encoding", "Authorization", "Connection", "Content-Encoding", "Content-Length",
+                     "Content-Type", "Cookie", "Expect", "Forwarded", "From", "If-None-Match", "Origin", "Range", "Referer",
+                     "Sec-Fetch-Site", "Svix-Signature", "Traceparent", "Transfer-Encoding", "Upgrade", "User-Agent", "Via",
+                     "Webhook-Id", "Webhook-Signature", "X-API-Key", "X-Forwarded-For", "X-Request-ID"):
+            for first in ("GET /health HTTP/1.1", f"GET {PATH}/1234 HTTP/1.1", f"POST {PATH} HTTP/1.1"):
+                yield head_bytes(f"{name}: {self.value(name)}", first=first)
+        yield head_bytes(host=f"Host: {self.name('Host')}.example")
+        yield head_bytes(host=f"Host: {self.value('a Host that is none')} {self.value('Host')}")
+        yield head_bytes(f"{self.name('a field')}: {self.value('its value')}")
+        yield head_bytes(f"{self.name('no field')}")
+        yield head_bytes(f" {self.value('a folded line')}")
+        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
+        for body in ("5;{v}={v}\r\n[],{v}\r\n", "2\r\n[]\r\n0\r\n{n}: {v}\r\n\r\n", "{v}\r\n", "2\r\n[]\r\n0\r\n{v}\r\n\r\n"):
+            body = re.sub("{v}", lambda _: self.value("a chunk"), body)
+            yield chunked + re.sub("{n}", lambda _: self.name("a trailer"), body).encode()
+        yield self.value("no HTTP").encode() + b"\0\r\n\r\n"
+
+    def large_requests(self):
+        """Bytes of requests that are too large somewhere."""
+        mark = self.value("a body that is too large").encode()
+        yield post_bytes(b'{"notes": "' + mark * 10000 + b'"}')
+        yield head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"fffff\r\n" + mark * 10000
+        yield post_bytes(b'{"notes": "' + self.value("a large one that is cut").encode() * 2000 + b'"}')[:-1]
+        yield post_bytes(event(appointment_id="Shown-4", notes=self.value("a large one that is stored") * 2000))
+        yield head_bytes(first="GET /" + self.value("a request line") * 1000 + " HTTP/1.1")
+        yield head_bytes(f"X: {self.value('a header section') * 1500}" + "x" * 9000)
+        yield head_bytes(*[f"{self.name('one of many fields')}: 1" for _ in range(101)])
+
+    def find(self, text, names=False):
+        """What was planted and stands in a text; names only on demand."""
+        marks = set(re.findall("mk[0-9]{5}q|90210[0-9]{5}|[0-9]{4}-05-06t07:08:09z", text.lower()))
+        return [(mark, *place) for mark, place in self.planted.items()
+                if mark.lower() in marks and (names or not place[1])]
+
+    def attack(self, server, is_marked):
+        """Send it all: that no answer repeats a value, or a name of another request."""
+        kept = self.connect(server)
+        requests = [post_bytes(body) for body in self.bodies(is_marked)]
+        requests += map(post_bytes, self.broken_bodies())
+        for request in requests:                        # one connection: mostly read by the poller
+            known = set(self.planted)
+            kept.sendall(request)
+            self.look_at(self.read_answer(kept), request, known)
+        for request in itertools.chain(requests, self.heads(), self.large_requests()):
+            for answer in answers_in(self.exchange(server, request)):
+                self.look_at(self.proper(answer), request, known)
+
+    def look_at(self, answer, request, known):
+        self.assertNotEqual(answer.status, 500)
+        text = repr((answer.headers, answer.body.decode("latin-1")))
+        if answer.status == 200 and answer.body.startswith(b'{"events"'):
+            return                                      # what was asked for
+        self.assertEqual(self.find(text), [], request[:300])
+        for mark, where, _ in self.find(text, names=True):
+            self.assertIn(mark.encode(), request, where)
+
+    def test_what_is_planted_anywhere_is_found_nowhere_but_names_in_the_answer_to_who_sent_them(self):
+        for mode, (sink, is_marked) in itertools.product(("redacted", "none"), (
+                ("stderr", True), ("file", False), ("logger", True))):
+            with self.subTest(mode, sink=sink):
+                self.attack_and_search(mode, sink, is_marked)
+
+    def attack_and_search(self, mode, sink, is_marked):
+        name = f"{mode}-{sink}"
+        schema, logged, err = self.folder / f"{name}.json", io.StringIO(), io.StringIO()
+        schema.write_text(json.dumps(self.MARKED if is_marked else self.OPEN))
+        settings = {"schema": str(schema), "database": str(self.folder / f"{name}.db"), "max_body": 60000,
+                    "log_file": str(self.folder / f"{name}.log") * (sink == "file"), "log_payloads": mode,
+                    "log_level": "DEBUG"}
+        if sink == "logger":
+            settings["logger"] = logging.Logger(name)
+            settings["logger"].addHandler(logging.StreamHandler(logged))
+
+        def on_event(stored):
+            raise ValueError(stored.payload)
+        with contextlib.redirect_stderr(err):
+            server = self.start(on_event=on_event, **settings)
+            self.attack(server, is_marked)
+            health = self.call(server, path="/health")
+            bug = self.value("the text of an exception")
+            with mock.patch.object(receiver.Contract, "event", side_effect=ValueError(bug)):
+                self.assertEqual(self.find(self.post(server).body.decode(), names=True), [])
+            server.stop()
+        text = logged.getvalue() + err.getvalue()
+        if sink == "file":
+            self.assertEqual(text, "")
+            text = Path(settings["log_file"]).read_text()
+        self.assertEqual(self.find(text, names=True), [])
+        self.assertEqual(self.find(health.body.decode(), names=True), [])
+        self.assertEqual({"name", "value"}, {("value", "name")[is_name] for _, is_name in self.planted.values()})
+        # The neighbour: what may be shown is shown
+        self.assertIn("] POST /webhook/appointments 400 Field 'patient_id' must ", text)
+        self.assertIn("] POST /webhook/appointments 200 stored event_id=1 ", text)
+        self.assertEqual('"event_type": "scheduled"' in text, mode == "redacted")
+        self.assertEqual('"appointment_id": "Shown-2"' in text, mode == "redacted" and not is_marked)
+        self.assertEqual('"appointment_id": "***", "patient_id": "***", "timestamp": "***"' in text,
+                         mode == "redacted" and is_marked)
+
+    def test_marks_follow_a_reload(self):
+        schema = self.folder / "schema.json"
+        server = None
+        for number, (document, is_taken) in enumerate(((self.OPEN, True), (self.MARKED, True), (self.OPEN, True),
+                                                       ({**self.MARKED, "x-pii": "yes"}, False))):
+            schema.write_text(json.dumps(document))
+            if server is None:
+                server = self.start(schema=str(schema))
+            else:
+                self.assertEqual(server.reload(), is_taken)
+            for body in (event(appointment_id=f"Id-{number}"), event(appointment_id=f"Id-{number}", notes=5)):
+                self.assertEqual(self.post(server, body).status, 400 if "notes" in body else 200)
+        log = self.log_text(server)
+        self.assertEqual([log.count(f'"Id-{number}"') for number in range(4)], [2, 0, 2, 2])
+        self.assertIn("at /x-pii: x-pii must be true or false", log)
+
+
 class HostileTest(HTTPTest):
     """What attackers try on the wire."""
 
