@@ -36,6 +36,7 @@ import threading
 import time
 import traceback
 import unittest
+import urllib.parse
 import weakref
 from collections import Counter
 from http.server import BaseHTTPRequestHandler
@@ -8680,6 +8681,139 @@ class HostileTest(HTTPTest):
             self.assertNotIn(503, found, data)
         self.assertEqual(self.call(server, path="/health").status, 200)
         self.assertEqual([line for line in self.log_text(server).splitlines() if " - ERROR - " in line], [])
+
+
+class InjectionTest(HTTPTest):
+    """What attackers hope that somebody executes: it is data, in and out."""
+
+    HOSTILE = ("' OR '1'='1", "'; DROP TABLE appointment_events; --", '" OR ""="', "1; ATTACH DATABASE 'x.db' AS x; --",
+               "') UNION SELECT sql, 1, 1, 1, 1, 1, 1, 1, 1 FROM sqlite_master --", "%", "_%", "*", "[a-z]", "\\'", "a\tb",
+               "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "javascript:alert(1)", "{{7*7}}", "${7*7}",
+               "${jndi:ldap://127.0.0.1:9/a}", "%s%n%x", "$(touch injected)", "`touch injected`", "| touch injected",
+               "__import__('os').system('touch injected')", "../../etc/passwd", "file:///etc/passwd", "a\r\nX-Injected: 1",
+               "=cmd|'/c calc'!A1", "\u202e\u2028\ufeff", "{\"$gt\": \"\"}")
+
+    def test_code_of_any_language_in_an_event_is_stored_read_back_and_found_by_filters_as_it_is(self):
+        server = self.start()
+        for text in self.HOSTILE:
+            with self.subTest(text):
+                sent = event(appointment_id=text, patient_id=text, notes=text, **{text: {text: [text]}})
+                event_id = self.post(server, sent).json["event_id"]
+                answer = self.call(server, path=f"{PATH}/{event_id}", Accept="text/html")
+                self.assertEqual(answer.headers["content-type"], "application/json")
+                self.assertEqual(answer.json["payload"], sent)
+                for name in ("appointment_id", "patient_id"):
+                    found = self.call(server, path=f"{PATH}?{urllib.parse.urlencode({name: text})}")
+                    self.assertEqual([one["id"] for one in found.json["events"]], [event_id])
+                retry = self.post(server, sent)
+                self.assertEqual((retry.status, retry.json["identical"]), (409, True))
+        self.assertEqual(rows(self.database, "SELECT patient_id FROM appointment_events ORDER BY id"),
+                         [(text,) for text in self.HOSTILE])
+        for name in ("event_type", "since", "until", "after", "limit"):
+            for text in self.HOSTILE:
+                answer = self.call(server, path=f"{PATH}?{urllib.parse.urlencode({name: text})}")
+                self.assertEqual((answer.status, text in answer.json["message"]), (400, False), (name, text))
+        self.assertEqual(sorted(path.name for path in self.folder.iterdir() if "inject" in path.name), [])
+        self.assertEqual([name for name in os.listdir() if name.startswith("injected")], [])
+
+    def test_operators_of_other_databases_are_no_values_and_no_filters(self):
+        server = self.start()
+        self.assertEqual(self.post(server).status, 200)
+        for operator in ("$ne", "$gt", "$regex", "$where", "$in", "__proto__", "constructor"):
+            for name in receiver.REQUIRED_FIELDS:
+                answer = self.post(server, event(**{name: {operator: ""}}))
+                self.assertEqual((answer.status, answer.json["errors"][0]["rule"]), (400, "type"))
+            for query in (f"patient_id[{operator}]=x", f"patient_id%5B{operator}%5D=x", f"{operator}=x", "patient_id[]=x",
+                          "patient_id=PAT-1&patient_id=PAT-2"):
+                self.assertEqual(self.call(server, path=f"{PATH}?{query}").status, 400, query)
+            found = self.call(server, path=f"{PATH}?patient_id={operator}")
+            self.assertEqual((found.status, found.json["events"]), (200, []))
+        self.assertEqual(self.post(server, event(appointment_id="A-2", __proto__={"admin": True})).status, 200)
+
+    def test_no_spelling_of_a_line_end_in_a_field_makes_a_field_or_an_answer_more(self):
+        server = self.start(allowed_origin="https://desk.example", allowed_host="desk.example")
+        ends = ("\r", "\n", "\r\n ", "\n\t", "%0d%0a", "%0D%0A%20", "\\r\\n", "\x85", "\x0b", "\x0c", "\x00", "\u560a\u560d",
+                "\u2028", "%E5%98%8A%E5%98%8D")
+        for name, good in (("Host", "desk.example"), ("Origin", "https://desk.example"), ("Accept", "text/csv"),
+                           ("X-Request-ID", "a"), ("Traceparent", "00-1"), ("Content-Type", "text/plain"),
+                           ("Access-Control-Request-Method", "POST"), ("Webhook-Id", "msg_1"), ("Connection", "close")):
+            for end, method in itertools.product(ends, ("GET", "OPTIONS")):
+                with self.subTest(name, end=end, method=method):
+                    line = f"{name}: {good}{end}X-Injected: 1{end}{end}HTTP/1.1 200 OK"
+                    host = "Host: desk.example" if name != "Host" else ""
+                    data = head_bytes(first=f"{method} {PATH} HTTP/1.1", host=host)[:-2] + line.encode() + b"\r\n\r\n"
+                    answer, = self.talk(server, data, method)
+                    self.assertLess(answer.status, 500)
+                    self.assertNotIn("x-injected", answer.headers)
+                    self.assertNotIn("desk.example" + end, repr(answer.headers))
+        answer, = self.talk(server, head_bytes("Origin: https://desk.example", host="Host: desk.example"))
+        self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]), (200, "https://desk.example"))
+
+    def test_no_spelling_of_a_path_leads_to_a_file_or_past_a_route(self):
+        server = self.start()
+        for path in ("/../schema.json", "/%2e%2e/schema.json", "/%2e%2e%2fschema.json", "/..%5cschema.json", "//schema.json",
+                     "/schema.json/", "/schema.json/..", "/schema.json%00", "/schema.json%00.html", "/./schema.json",
+                     "/schema.json;x=y", "/schema.json%20", "/schema.json.", "/SCHEMA.JSON", "/schema%252ejson", "/\\schema.json",
+                     "/..;/schema.json", "/webhook_server.py", "/events.db", "/%2fetc%2fpasswd", "//etc/passwd",
+                     "/etc/passwd", "/..%c0%af..%c0%afetc/passwd", "/%uff0e%uff0e/etc/passwd", "/....//etc/passwd",
+                     "///", "/%", "/%zz", "/\x7f", "/.git/config", PATH + "/1/../2", PATH + "/1%2f..%2f2", PATH + "%2f1",
+                     PATH + "//1", PATH + "/0x1", PATH + "/1%00", PATH + "/%2d1", PATH + "/99999999999999999999", "*",
+                     "http://localhost/../schema.json", "localhost/schema.json", "?/schema.json"):
+            with self.subTest(path):
+                answer, = self.talk(server, head_bytes(first=f"GET {path} HTTP/1.1"))
+                self.assertIn(answer.status, (400, 404))
+                self.assertEqual(set(answer.json), {"error", "message", "request_id"})
+        self.assertEqual(self.talk_statuses(server, head_bytes(first="GET /schema%2Ejson HTTP/1.1")), [200])
+
+
+class BombTest(HTTPTest):
+    """What is small to send and dear to read. A reader that is not made for it takes minutes, or dies."""
+
+    def bombs(self):
+        """{what: (bytes, the status that it gets)}"""
+        whole = json.dumps(event())[:-1].encode()
+        filled = MEGABYTE - 1000
+        # Their hashes are all 0: in a set of numbers each would be compared with each
+        collide = [number * (2 ** 61 - 1) for number in range(1, 30000)]
+        yield "deep lists", whole + b', "a": ' + b"[" * filled, 400
+        yield "deep objects", whole + b', "a": ' + b'{"a":' * (filled // 5), 400
+        yield "as deep as it may be", whole + b', "a": ' + b"[" * 63 + b"]" * 63 + b"}", 200
+        yield "many containers", whole + b', "a": [' + b"[]," * (filled // 3) + b"1]}", 400
+        yield "as many as there may be", whole + b', "a": [' + b"{}," * 9990 + b"1]}", 200
+        yield "a long number", whole + b', "a": ' + b"9" * filled + b"}", 400
+        yield "a long fraction", whole + b', "a": 0.' + b"1" * filled + b"}", 400
+        yield "a large exponent", whole + b', "a": 1e999999999}', 400
+        yield "many large numbers", whole + b', "a": [' + (b"9" * 100 + b",") * 9000 + b"1]}", 200
+        yield "a long string", whole + b', "notes": "' + b"\\\\" * (filled // 2) + b'"}', 200
+        yield "a long id", whole[:-1] + b', "appointment_id": "' + b"9" * filled + b'"}', 400
+        yield "a long name", whole + b', "' + b"a" * filled + b'": 1}', 200
+        yield "many members", whole + b"".join(b', "%x": 1' % number for number in range(70000)) + b"}", 200
+        yield "many members that are all wrong", b"{" + b",".join(b'"a%x": 1' % at for at in range(70000)) + b"}", 400
+        yield "one member again and again", whole + b', "a": 1' * (filled // 8) + b"}", 400
+        yield "numbers that collide", whole + b', "unique": ' + json.dumps(collide).encode() + b"}", 200
+        yield "numbers that collide, one twice", whole + b', "unique": ' + json.dumps(collide + collide[:1]).encode() + b"}", 400
+        yield "blanks", b" " * filled + whole + b"}", 200
+        yield "line ends", b"\r\n" * (filled // 2) + b"{", 400
+        yield "commas", b"[" + b"," * filled, 400
+        yield "quotes", b'"' * filled, 400
+
+    def test_each_is_taken_or_refused_in_time_and_the_next_event_is_taken(self):
+        schema = self.folder / "schema.json"
+        properties = {**receiver.EVENT_SCHEMA["properties"], "unique": {"uniqueItems": True}}
+        schema.write_text(json.dumps({**receiver.EVENT_SCHEMA, "properties": properties}))
+        server = self.start(schema=str(schema))
+        for number, (what, body, status) in enumerate(self.bombs()):
+            body = body.replace(b'"APT-1"', b'"APT-%d"' % number)
+            with self.subTest(what):
+                began = time.process_time()
+                for again in (status, 409 if status == 200 else status):
+                    answer = self.post(server, body)
+                    self.assertEqual(answer.status, again)
+                    self.assertLess(len(answer.body), 100000)
+                self.assertLess(time.process_time() - began, 20)
+                self.assertEqual(self.post(server, event(appointment_id=f"good-{number}")).status, 200)
+        self.assertEqual(self.call(server, path="/health").status, 200)
+        self.assertNotIn(" - ERROR - ", self.log_text(server))
 
 
 class ShutdownTest(HTTPTest):
