@@ -24,6 +24,7 @@ import logging
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -6409,14 +6410,18 @@ class KeygenTest(FolderTest):
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), arguments)
 
 
-class AccessTest(HTTPTest):
-    """Who may do what."""
+class ClientsServerTest(HTTPTest):
+    """A test of a server with a clients file."""
 
     def start_with(self, *entries, **settings):
         path = self.folder / "clients.json"
         path.write_text(json.dumps({"clients": list(entries)}))
         path.chmod(0o600)
         return self.start(clients=str(path), **settings)
+
+
+class AccessTest(ClientsServerTest):
+    """Who may do what."""
 
     def start_roles(self, **settings):
         entries = [key_entry(name) for name in receiver.ROLES]
@@ -6578,6 +6583,220 @@ class AccessTest(HTTPTest):
         self.assertTrue(server.reload())
         connection.sendall(request)
         self.assertIn(b" 401 ", connection.recv(65536))
+
+
+class SignedEventTest(ClientsServerTest):
+    """Who signs is known by it: over the body that came, now, and for posting only."""
+
+    KEY, OTHER = b"k" * 24, b"o" * 24
+
+    def entry(self, name="north", key=KEY, sender="standard", **members):
+        """An entry of the clients file for a client that signs."""
+        settings, secret_of, _ = SENDERS[sender]
+        return {"name": name, "roles": ["sender"], "signature": {**settings, "secrets": [secret_of(key)]}, **members}
+
+    def signed(self, body=None, key=KEY, sender="standard", late=0, **changed):
+        """The bytes of a POST that is signed now, or was `late` seconds ago; fields changed, or left out with None."""
+        body = json.dumps(event() if body is None else body).encode()
+        fields = SENDERS[sender][2](key, body, int(time.time()) - late)
+        fields.update((name.replace("_", "-"), value) for name, value in changed.items())
+        return post_bytes(body, *[f"{name}: {value}" for name, value in fields.items() if value is not None])
+
+    def through(self, server, data):
+        """[status] of one request that comes each way: alone and whole, read by the poller, its body in pieces, chunked."""
+        whole = [answer.status for answer in self.talk(server, data)]
+        kept, (head, _, body) = self.connect(server), data.partition(b"\r\n\r\n")
+        kept.sendall(head_bytes(first="GET /health/live HTTP/1.1"))
+        self.read_answer(kept)
+        kept.sendall(data)
+        whole.append(self.read_answer(kept).status)
+        connection = self.connect(server)
+        connection.sendall(head + b"\r\n\r\n" + body[:9])
+        until(lambda: [one for one in server._server.open_connections if one.phase == receiver.Phase.BODY] or
+              select.select([connection], [], [], 0)[0], "the first piece")
+        connection.sendall(body[9:])
+        whole.append(self.read_answer(connection).status)
+        for one in (kept, connection):
+            one.close()
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        pieces = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut(body, 5, 20) if piece)
+        return whole + [answer.status for answer in self.talk(server, head + b"\r\n\r\n" + pieces + b"0\r\n\r\n")]
+
+    def assert_stored(self, *clients):
+        self.assertEqual(rows(self.database, "SELECT client FROM appointment_events WHERE 1 ORDER BY id LIMIT 99"),
+                         clients[0] if len(clients) == 1 else [(client,) for client in clients])
+
+    def test_a_signed_event_is_stored_under_the_name_of_its_client_whichever_way_it_comes(self):
+        server = self.start_with(self.entry(), key_entry("sender"))
+        self.assertEqual(self.through(server, self.signed()), [200, 409, 409, 409])
+        kept = self.connect(server)
+        for number in range(3):                                             # the second and third by the poller
+            kept.sendall(self.signed(event(appointment_id=str(number))))
+            self.assertEqual(self.read_answer(kept).status, 200)
+        self.assert_stored(*["north"] * 4)
+        self.assertIn("client=north address=127.0.0.1 payload=", self.log_text(server))
+
+    def test_every_senders_way_to_sign_is_taken_and_no_other_body_under_it(self):
+        for name in SENDERS:
+            with self.subTest(name):
+                file = name.replace(" ", "-")
+                server = self.start_with(self.entry(sender=name), database=str(self.folder / f"{file}.db"),
+                                         log_file=str(self.folder / f"{file}.log"))
+                data = self.signed(sender=name)
+                self.assertEqual(self.talk_statuses(server, data.replace(b"PAT-1", b"PAT-2")), [401])
+                self.assertEqual(self.talk_statuses(server, data), [200])
+
+    def test_what_is_forged_old_or_broken_is_a_401_each_way_and_nothing_is_stored(self):
+        server = self.start_with(self.entry(), self.entry("zocdoc", self.OTHER, "zocdoc"), key_entry("sender"))
+        good = self.signed()
+        signature, = re.findall(rb"webhook-signature: (.*)\r\n", good)
+        twice = good.replace(b"webhook-signature", b"webhook-signature: %b\r\nwebhook-signature" % signature)
+        cases = {"another secret": self.signed(key=b"x" * 24), "the secret of another": self.signed(key=self.OTHER),
+                 "another body": good.replace(b"PAT-1", b"PAT-2"), 
+                 "replayed later": self.signed(late=301), "from the future": self.signed(late=-310),
+                 "an old one with a new time": self.signed(late=1000, webhook_timestamp=int(time.time())),
+                 "another id": self.signed(webhook_id="msg_2"), "no id": self.signed(webhook_id=None),
+                 "no time": self.signed(webhook_timestamp=None), "no number": self.signed(webhook_timestamp="now"),
+                 "milliseconds": self.signed(webhook_timestamp=int(time.time() * 1000)),
+                 "an endless number": self.signed(webhook_timestamp="9" * 1000),
+                 "no signature": self.signed(webhook_signature=None), "an empty one": self.signed(webhook_signature=""),
+                 "a header twice": twice, "a header twice, one of them garbage": good.replace(b"\r\nwebhook-signature", b"\r\nwebhook-signature: x\r\nwebhook-signature"),
+                 "another version": good.replace(b"v1,", b"v1a,"), "in hex": self.signed(webhook_signature="v1," + "0" * 64),
+                 "garbage": self.signed(webhook_signature="\xff\xfe,=;v1,\t" * 50),
+                 "sixteen thousand": self.signed(webhook_signature="v1, " * 2000), "a time of two": self.signed(webhook_timestamp="1, 2")}
+        for what, data in cases.items():
+            with self.subTest(what):
+                server._endpoints.rules.access._strikes = receiver.PerAddress(receiver.Strikes)
+                self.assertEqual(self.through(server, data), [401] * 4)
+        self.assertEqual(rows(self.database), 0)
+        self.assertEqual(self.through(server, good), [200, 409, 409, 409])
+        log = self.log_text(server)
+        for note in ("no signature fits", "the timestamp is 30[0-9] s old", "the timestamp cannot be read", "no credentials",
+                     "webhook-id is missing", "webhook-timestamp is missing", "the signature header cannot be read"):
+            self.assertTrue(re.search(f"WARNING - .* 401 {note} ", log), note)
+        for secret in (*map(base64_of, (self.KEY, self.OTHER)), signature.decode(), "msg_"):
+            self.assertNotIn(secret, log)
+
+    def test_a_signature_is_good_for_posting_only(self):
+        server = self.start_with(self.entry(roles=["admin"]))
+        empty = SENDERS["standard"][2](self.KEY, b"", int(time.time()))
+        for method, path in (("GET", PATH), ("GET", PATH + "/1"), ("HEAD", PATH)):
+            self.assertEqual(self.call(server, method, path, **empty).status, 401)
+        self.assertEqual(self.call(server, path="/health", **empty).json, {"status": "ok"})
+        self.assertEqual(self.call(server, "POST", PATH, b"", **empty).status, 400)
+        body = json.dumps(event()).encode()
+        signed = SENDERS["standard"][2](self.KEY, body, int(time.time()))
+        self.assertEqual(self.call(server, "GET", PATH, body, **signed).status, 401)
+        self.assertEqual(self.call(server, "POST", PATH, body, **signed).status, 200)
+
+    def test_of_several_that_could_be_meant_the_one_whose_secret_fits_is_the_sender(self):
+        server = self.start_with(*[self.entry(f"clinic-{number}", b"%024d" % number) for number in range(5)],
+                                 self.entry("zocdoc", self.OTHER, "zocdoc"))
+        for number in range(5):
+            data = self.signed(event(appointment_id=str(number)), b"%024d" % number)
+            self.assertEqual(self.talk_statuses(server, data), [200])
+        self.assertEqual(self.talk_statuses(server, self.signed(key=self.OTHER, sender="zocdoc")), [200])
+        self.assert_stored("clinic-0", "clinic-1", "clinic-2", "clinic-3", "clinic-4", "zocdoc")
+
+    def test_each_secret_of_a_rotation_counts_until_it_is_taken_out(self):
+        entry = self.entry()
+        entry["signature"]["secrets"].append("whsec_" + base64_of(self.OTHER))
+        server = self.start_with(entry)
+        for key, status in ((self.KEY, 200), (self.OTHER, 409)):
+            self.assertEqual(self.talk_statuses(server, self.signed(key=key)), [status])
+        del entry["signature"]["secrets"][0]
+        (self.folder / "clients.json").write_text(json.dumps({"clients": [entry]}))
+        self.assertTrue(server.reload())
+        for key, status in ((self.KEY, 401), (self.OTHER, 409)):
+            self.assertEqual(self.talk_statuses(server, self.signed(key=key)), [status])
+
+    def test_a_retry_with_its_old_id_is_an_ordinary_retry(self):
+        for duplicates, status in (("conflict", 409), ("ok", 200)):
+            with self.subTest(duplicates):
+                server = self.start_with(self.entry(), duplicates=duplicates, database=str(self.folder / f"{duplicates}.db"))
+                self.assertEqual(self.talk_statuses(server, self.signed(late=200)), [200])
+                retry, = self.talk(server, self.signed())
+                self.assertEqual((retry.status, retry.json["event_id"]), (status, 1))
+                other, = self.talk(server, self.signed(event(notes="other")))
+                self.assertEqual((other.status, other.json["identical"]), (409, False))
+
+    def test_who_signs_is_held_to_role_network_and_rate_and_may_be_disabled(self):
+        for members, found in (({"roles": ["reader"]}, [403, 403]), ({"disabled": True}, [403, 403]),
+                               ({"allow_from": ["203.0.113.0/24"]}, [403, 403]), ({"roles": ["admin"]}, [200, 409]),
+                               ({"rate": 0.001, "burst": 1}, [200, 429])):
+            with self.subTest(members):
+                file = str(self.folder / f"{len(os.listdir(self.folder))}.db")
+                server = self.start_with(self.entry(**members), database=file)
+                self.assertEqual([self.talk_statuses(server, self.signed())[0] for _ in range(2)], found)
+
+    def test_where_all_is_required_key_and_signature_each_alone_are_refused(self):
+        entry = self.entry("both", require="all", key_sha256=key_entry("both")["key_sha256"])
+        server = self.start_with(entry, key_entry("sender"), self.entry("zocdoc", self.OTHER, "zocdoc"))
+        both, alone = self.signed(x_api_key=KEYS["both"]), self.signed()
+        wrong = {"the key alone": post_bytes(event(), "X-API-Key: " + KEYS["both"]), "the signature alone": alone,
+                 "another's key": self.signed(x_api_key=KEYS["none"]),
+                 "a key and another's signature": self.signed(key=b"x" * 24, x_api_key=KEYS["both"]),
+                 "a key and an old signature": self.signed(late=400, x_api_key=KEYS["both"])}
+        for what, data in wrong.items():
+            with self.subTest(what):
+                self.assertEqual(self.through(server, data), [401] * 4)
+        self.assertEqual(self.through(server, both), [200, 409, 409, 409])
+        self.assertEqual(self.talk_statuses(server, self.signed(event(appointment_id="2"), x_api_key=KEYS["sender"])), [200])
+        self.assertEqual(self.talk_statuses(server, self.signed(
+            event(appointment_id="3"), self.OTHER, "zocdoc", x_api_key=KEYS["both"])), [200])
+        self.assert_stored("both", "sender", "zocdoc")      # of two, the one that has shown all that it needs
+
+    def test_after_twenty_wrong_signatures_in_a_minute_it_is_429_and_right_ones_still_pass(self):
+        server = self.start_with(self.entry(), key_entry("sender"))
+        wrong = b"".join(self.signed(key=b"%024d" % number) for number in range(200))
+        self.assertEqual(Counter(self.talk_statuses(server, wrong)),
+                         {401: receiver.REFUSALS, 429: 200 - receiver.REFUSALS})
+        self.assertEqual(self.through(server, self.signed(key=b"x" * 24)), [429] * 4)
+        self.assertEqual(self.through(server, self.signed()), [200, 409, 409, 409])
+        self.assertEqual(self.through(server, post_bytes(event(), "X-API-Key: " + KEYS["sender"])), [409] * 4)
+        self.assertEqual(self.through(server, post_bytes(event())), [401] * 4)
+
+    def test_a_stranger_is_refused_before_a_body_is_read_or_asked_for(self):
+        server = self.start_with(self.entry(), key_entry("sender"), key_entry("reader"))
+        first, key = f"POST {PATH} HTTP/1.1", "X-API-Key: " + KEYS["sender"]
+        for credentials, status in ((["X: y"], 401), (["X-API-Key: " + KEYS["none"]], 401), (["Authorization: Bearer x"], 401),
+                                    (["X-API-Key: " + KEYS["reader"]], 403)):
+            for lines in (["Content-Length: 50000"], ["Transfer-Encoding: chunked"],
+                          ["Content-Length: 50000", "Expect: 100-continue"], ["Content-Length: 10", "Expect: 100-continue"],
+                          ["Transfer-Encoding: chunked", "Expect: 100-continue"]):
+                with self.subTest(credentials, lines=lines):
+                    connection = self.connect(server)
+                    connection.sendall(head_bytes(*lines, *credentials, first=first))   # and nothing of a body
+                    answer, = answers_in(read_all(connection))
+                    self.assertEqual((self.proper(answer).status, answer.headers["connection"]), (status, "close"))
+        fields = SENDERS["standard"][2](self.KEY, BODY, int(time.time()))
+        for lines in ([key], [f"{name}: {value}" for name, value in fields.items()]):
+            connection = self.connect(server)
+            connection.sendall(head_bytes(f"Content-Length: {len(BODY)}", "Expect: 100-continue", *lines, first=first))
+            self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(BODY)
+            self.assertIn(self.read_answer(connection).status, (200, 409))
+
+    def test_large_bodies_of_strangers_take_no_place_from_others(self):
+        server = self.start_with(key_entry("sender"))
+        body, key = event(notes="n" * 200000), "X-API-Key: " + KEYS["sender"]
+        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"fa00\r\n" + b" " * 60000
+        server._server.large = receiver.Budget(0)
+        for data in (post_bytes(body), post_bytes(body)[:20000], post_bytes(body, "X-API-Key: x"), chunked):
+            self.assertEqual(self.talk_statuses(server, data), [401])
+        self.assertEqual(self.talk_statuses(server, post_bytes(body, key)[:-1]), [503])
+        server._server.large = receiver.Budget(1000000)
+        self.assertEqual(self.talk_statuses(server, post_bytes(body, key)), [200])
+
+    def test_ten_thousand_wrong_keys_and_signatures_are_not_kept(self):
+        server = self.start_with(self.entry(), key_entry("sender"))
+        for part in range(5):
+            data = b"".join(self.signed(webhook_id=f"{part}-{number}", x_api_key=f"{part}-{number}") for number in range(500))
+            self.assertLessEqual(set(statuses(self.exchange(server, data))), {401, 429, 200, 409})
+            rules = server._endpoints.rules
+            self.assertLessEqual(len(rules._kept), receiver.HEADS_KEPT)
+            self.assertLessEqual(len(rules._met), 4 * receiver.HEADS_KEPT + 1)
+            self.assertLessEqual(len(rules.access._strikes._kept), 1)
 
 
 # =============================================================================

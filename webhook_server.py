@@ -5737,6 +5737,7 @@ _HOLE = re.compile(r"\{(\w*)\}")
 # A rotation sends two or three. Without an end, 16 KiB of them would be compared with each secret
 MOST_SIGNATURES = 16
 LONGEST_TIMESTAMP = 12                  # digits; 13 are milliseconds
+UNREADABLE = "the signature header cannot be read"
 
 _FIELD_NAME = {"type": "string", "pattern": "^[0-9A-Za-z_-]{1,100}$"}
 _BEFORE_VALUE = {"type": "string", "pattern": "^[ -~]{0,50}$"}
@@ -5857,7 +5858,7 @@ class SignatureScheme:
         pieces = self._split(fields[header])
         candidates = self._candidates(pieces)
         if not candidates:
-            return "the signature header cannot be read"
+            return UNREADABLE
         values = {"id": fields.get(id_header), "timestamp": fields.get(timestamp_header)}
         prefix = self._timestamp_prefix
         if prefix:                              # of two times comes what cannot be read as one
@@ -6232,14 +6233,16 @@ class Access:
 
     def _prove_by_signature(self, head: Head, evidence: Evidence, request: Any, proofs: dict) -> str:
         """Add the clients that have signed the body to `proofs`. Returns what the log may say of others."""
-        note = "credentials that nobody has" if evidence.is_guess else "no credentials"
+        problems = []
         for client in evidence.signers:
             problem = client.signature.problem(head, request.body, time.time())
             if problem:
-                note = problem
+                problems.append(problem)
             else:
                 proofs.setdefault(client, set()).add("signature")
-        return note
+        if problems:                            # of profiles that share a header the one that can read it tells
+            return min(problems, key=UNREADABLE.__eq__)
+        return "credentials that nobody has" if evidence.is_guess else "no credentials"
 
     def _entry_of(self, verified: Optional[Verified]) -> Optional[Client]:
         """The client that a token names."""
