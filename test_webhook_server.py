@@ -6085,7 +6085,7 @@ class SignatureTest(unittest.TestCase):
                 ({"secrets": []}, "/secrets", "Field 'secrets' must not be empty"),
                 ({"secrets": "x"}, "/secrets", "Field 'secrets' must be of type array"),
                 ({"secrets": ["x", ""]}, "/secrets/1", "Field 'secrets[1]' must not be empty"),
-                ({"secrets": ["x"] * 101}, "/secrets", "Field 'secrets' must have at most 100 items"),
+                ({"secrets": [str(number) for number in range(101)]}, "/secrets", "Field 'secrets' must have at most 100 items"),
                 ({"secret": "x"}, "/secret", "Field 'secret' is not a known field"),
                 ({"profile": "gitlab"}, "/profile", "Field 'profile' must be one of: standard, github, websub, stripe, "
                                                     "zocdoc, acuity, calcom"),
@@ -6357,6 +6357,37 @@ class ClientsTest(FolderTest):
             self.assertIn(expected, text)
             self.assertNotIn("\n", text)
         self.assertEqual([client.name for client in self.read({"clients": [good, other]})], ["sender", "other"])
+
+    def test_what_is_wrong_with_a_signature_is_named_with_its_place_and_without_a_secret(self):
+        whsec = "whsec_" + base64_of(b"k" * 24)
+
+        def signer(name, *secrets, **settings):
+            return {"name": name, "roles": ["sender"],
+                    "signature": {"profile": "standard", **settings, "secrets": list(secrets)}}
+        many = [f"secret{number}" for number in range(101)]
+        for entries, place, expected in (
+                ([signer("a", whsec), signer("b", whsec)], "/clients/1", "has the secret of /clients/0"),
+                ([signer("a", whsec), signer("b", whsec[6:])], "/clients/1", "has the secret of /clients/0"),
+                ([signer("a", whsec), signer("b", "k" * 24, profile="github")], "/clients/1", "has the secret of /clients/0"),
+                ([signer("a", "x1x1", whsec, whsec)], "/clients/0/signature/secrets", "twice"),
+                ([signer("a", *many, profile="github")], "/clients/0/signature/secrets", "100"),
+                ([signer("a", *many[:60], profile="github"), signer("b", *many[60:], profile="github")],
+                 "/clients/1/signature/secrets", "more than 100 secrets in all"),
+                ([signer("a", "no base64!")], "/clients/0/signature/secrets/0", "base64"),
+                ([signer("a")], "/clients/0/signature/secrets", "empty"),
+                ([signer("a", whsec, profile="githup")], "/clients/0/signature/profile", "github"),
+                ([signer("a", whsec, tolerence=5)], "/clients/0/signature/tolerence", "not a known field"),
+                ([signer("a", whsec, profile="github", tolerance=5)], "/clients/0/signature/tolerance", "has no use"),
+                ([signer("a", whsec, template="{timestamp}")], "/clients/0/signature/template", "{body}")):
+            with self.subTest(entries=entries), self.assertRaises(SetupError) as raised:
+                self.read({"clients": entries})
+            text = str(raised.exception)
+            self.assertTrue(text.startswith(f"clients {self.folder / 'clients.json'}: {place}: "), text)
+            self.assertIn(expected, text)
+            for secret in (whsec[6:], "x1x1", "no base64!", "secret1"):
+                self.assertNotIn(secret, text)
+        fine = [signer("a", *many[:60], profile="github"), signer("b", *many[60:100], profile="calcom"), key_entry("sender")]
+        self.assertEqual(len(self.read({"clients": fine})), 3)
 
     def test_a_file_that_cannot_be_read_keeps_it_from_starting(self):
         (self.folder / "cut").write_bytes(b"\xff")
@@ -6757,7 +6788,7 @@ class SignedEventTest(ClientsServerTest):
         self.assertEqual(self.through(server, post_bytes(event())), [401] * 4)
 
     def test_a_stranger_is_refused_before_a_body_is_read_or_asked_for(self):
-        server = self.start_with(self.entry(), key_entry("sender"), key_entry("reader"))
+        server = self.start_with(self.entry(), key_entry("sender"), key_entry("reader"), body_timeout=2)
         first, key = f"POST {PATH} HTTP/1.1", "X-API-Key: " + KEYS["sender"]
         for credentials, status in ((["X: y"], 401), (["X-API-Key: " + KEYS["none"]], 401), (["Authorization: Bearer x"], 401),
                                     (["X-API-Key: " + KEYS["reader"]], 403)):

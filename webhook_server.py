@@ -5745,7 +5745,7 @@ SIGNATURE_SCHEMA = {
     "type": "object", "required": ["secrets"], "additionalProperties": False,
     "properties": {
         "profile": {"enum": list(SIGNATURE_PROFILES)},
-        "secrets": {"type": "array", "minItems": 1, "maxItems": 100,
+        "secrets": {"type": "array", "minItems": 1, "maxItems": 100, "uniqueItems": True,
                     "items": {"type": "string", "minLength": 1, "maxLength": 1000}},
         "header": _FIELD_NAME, "id_header": _FIELD_NAME, "timestamp_header": _FIELD_NAME,
         "separator": {"type": "string", "pattern": "^[^0-9A-Za-z+/=]{1,10}$"},      # nothing of a digest
@@ -5840,6 +5840,10 @@ class SignatureScheme:
         # interpreter's lock away in each call (a fifth of the requests per second)
         self._keyed = [_keyed(secret, whole["key"], f"/secrets/{at}")
                        for at, secret in enumerate(whole["secrets"])]
+
+    def fingerprints(self) -> list:
+        """A digest for each secret: equal where the keys are, however they are written."""
+        return [keyed.digest() for keyed in self._keyed]
 
     def is_shown(self, head: Head) -> bool:
         """Whether a request has the header of such a signature, be it empty or garbage."""
@@ -6315,12 +6319,12 @@ def _clients_of(entries: list) -> list:
             client = Client(entry)
         except ValueError as error:
             raise ValueError(f"/{index}{error}") from None
-        secrets_of = entry.get("signature", {}).get("secrets", ())
+        secrets_of = client.signature.fingerprints() if client.signature is not None else []
         count += len(secrets_of)
         if count > MOST_SECRETS:
             raise ValueError(f"/{index}/signature/secrets: more than {MOST_SECRETS} secrets in all")
         unique = [("name", client.name.lower()), ("certificate", client.certificate), *client.oauth.items(),
-                  *(("key", key) for key in client.keys), *(("secret", text) for text in secrets_of)]
+                  *(("key", key) for key in client.keys), *(("secret", mark) for mark in secrets_of)]
         for what, value in unique:
             if value and owners.setdefault((what, value), index) != index:
                 raise ValueError(f"/{index}: has the {what} of /clients/{owners[what, value]}: who would it be?")
