@@ -1617,15 +1617,18 @@ class EventTest(unittest.TestCase):
         "the first item": ({"properties": {"a": {"prefixItems": [MARK], "items": {}}}}, ["a", 0], ["a", 1]),
         "the items behind": ({"properties": {"a": {"prefixItems": [{}], "items": MARK}}}, ["a", 1], ["a", 0]),
         "contains": ({"properties": {"a": {"contains": MARK}, "b": {"contains": {}}}}, ["a", 0], ["b", 0]),
-        "unevaluatedItems": ({"properties": {"a": {"items": {}, "unevaluatedItems": MARK}, "b": {"items": {}}}},
+        "unevaluatedItems": ({"properties": {"a": {"items": {}, "unevaluatedItems": MARK},
+                                             "b": {"items": {}}}},
                              ["a", 0], ["b", 0]),
         "$ref": ({"properties": {"a": {"$ref": "#/$defs/p"}, "b": {"$ref": "#/$defs/n"}},
                   "$defs": {"p": MARK, "n": {}}}, ["a"], ["b"]),
         "$ref to a $ref, by name": ({"properties": {"a": {"$ref": "#p"}, "b": {}},
                                      "$defs": {"x": {"$anchor": "p", "$ref": "other"},
-                                               "y": {"$id": "other", "$ref": "#/$defs/z", "$defs": {"z": MARK}}}},
+                                               "y": {"$id": "other", "$ref": "#/$defs/z",
+                                                     "$defs": {"z": MARK}}}},
                                     ["a"], ["b"]),
-        "$ref beside others": ({"properties": {"a": {"$ref": "#/$defs/n", **MARK}, "b": {"$ref": "#/$defs/n"}},
+        "$ref beside others": ({"properties": {"a": {"$ref": "#/$defs/n", **MARK},
+                                               "b": {"$ref": "#/$defs/n"}},
                                 "$defs": {"n": {}}}, ["a"], ["b"]),
         "a schema that refers to itself": (
             {"properties": {"a": {"$ref": "#/$defs/person"}},
@@ -1639,7 +1642,8 @@ class EventTest(unittest.TestCase):
                 "z": {"$id": "mine", "$ref": "list", "$defs": {"y": {"$dynamicAnchor": "p", **MARK}}}}},
             ["a", 0], ["b"]),
         "allOf": ({"properties": {"a": {"allOf": [{}, MARK]}, "b": {"allOf": [{}]}}}, ["a"], ["b"]),
-        "allOf around": ({"allOf": [{"properties": {"a": MARK}}], "properties": {"a": {}, "b": {}}}, ["a"], ["b"]),
+        "allOf around": ({"allOf": [{"properties": {"a": MARK}}], "properties": {"a": {}, "b": {}}}, ["a"],
+                         ["b"]),
         "anyOf": ({"properties": {"a": {"anyOf": [MARK, {}]}, "b": {}}}, ["a"], ["b"]),
         "oneOf around": ({"oneOf": [{"properties": {"a": MARK}}, {"required": ["b"]}]}, ["a"], ["b"]),
         "then": ({"if": {}, "then": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
@@ -1647,7 +1651,8 @@ class EventTest(unittest.TestCase):
         "if": ({"if": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
         "not": ({"properties": {"a": {"not": MARK}, "b": {"not": {"type": "null"}}}}, ["a"], ["b"]),
         "dependentSchemas": ({"dependentSchemas": {"c": {"properties": {"a": MARK, "b": {}}}}}, ["a"], ["b"]),
-        "patternProperties": ({"properties": {"home_phone": {}, "room": {}}, "patternProperties": {"phone$": MARK}},
+        "patternProperties": ({"properties": {"home_phone": {}, "room": {}},
+                               "patternProperties": {"phone$": MARK}},
                               ["home_phone"], ["room"]),
         "a pattern not tried on long names": (
             {"properties": {"a" * 200 + "c": {}, "b": {}}, "patternProperties": {"^(a+)+$": MARK}},
@@ -1658,15 +1663,18 @@ class EventTest(unittest.TestCase):
                                   ["a"], ["b"]),
         "propertyNames": ({"properties": {"a": {"properties": {"b": {}}, "propertyNames": MARK}, "b": {}}},
                           ["a", "b"], ["b"]),
-        "contentSchema": ({"properties": {"a": {"contentSchema": MARK}, "b": {"contentSchema": {}}}}, ["a"], ["b"]),
+        "contentSchema": ({"properties": {"a": {"contentSchema": MARK}, "b": {"contentSchema": {}}}}, ["a"],
+                          ["b"]),
         "no name in the schema": ({"properties": {"a": {}}}, ["b"], ["a"]),
         "a name that only a pattern allows": (
             {"properties": {"a": {}}, "patternProperties": {"^b$": {}}}, ["b"], ["a"]),
-        "a name that is allowed like any other": ({"properties": {"a": {}}, "additionalProperties": {}}, ["b"], ["a"]),
+        "a name that is allowed like any other": ({"properties": {"a": {}}, "additionalProperties": {}},
+                                                  ["b"], ["a"]),
         "a name known elsewhere": ({"properties": {"a": {"properties": {"b": {}}}}}, ["b"], ["a", "b"]),
         "nothing said of what is below": ({"properties": {"a": {"type": "object"}}}, ["a", "b"], ["a"]),
         "nothing said of items": ({"properties": {"a": {"type": "array"}}}, ["a", 0], ["a"]),
-        "a column of the table": ({"properties": {"appointment_id": MARK}}, ["appointment_id"], ["event_type"]),
+        "a column of the table": ({"properties": {"appointment_id": MARK}}, ["appointment_id"],
+                                  ["event_type"]),
         "a column that the schema does not name": ({}, ["patient_id"], ["appointment_id"]),
         "beneath a column": ({}, ["timestamp", "a"], ["timestamp"]),
         "beneath one that is always personal": ({"properties": {"notes": {"items": {}}, "a": {"items": {}}}},
@@ -1682,19 +1690,24 @@ class EventTest(unittest.TestCase):
                 contract = Contract(schema)
                 self.assertEqual((contract.is_personal(personal), contract.is_personal(other)), (True, False))
         self.assertEqual([Contract(schema).is_personal(path) for schema, path in (
-            ({}, []), (self.MARK, ["event_type"]), (True, ["event_type"]), (True, ["room"]))], [True, True, False, True])
+            ({}, []), (self.MARK, ["event_type"]), (True, ["event_type"]), (True, ["room"]))],
+            [True, True, False, True])
 
     def test_a_mark_changes_nothing_of_what_is_valid_nor_how_fast_it_is_told(self):
         marked = self.with_property("appointment_id", **self.MARK)
         self.assertTrue(marked.schema.accepts(event(notes=None)))
-        self.assertEqual(self.problems(event(appointment_id=""), marked), self.problems(event(appointment_id="")))
+        self.assertEqual(self.problems(event(appointment_id=""), marked),
+                         self.problems(event(appointment_id="")))
 
     def test_the_columns_that_are_personal_are_two_and_those_that_are_marked(self):
         for schema, more in ((receiver.EVENT_SCHEMA, set()), (True, set()), ({}, set()),
-                             ({"properties": {"patient_id": {"x-pii": False}, "notes": {"x-pii": False}}}, set()),
-                             ({"properties": {"appointment_id": self.MARK, "room": self.MARK}}, {"appointment_id"}),
+                             ({"properties": {"patient_id": {"x-pii": False}, "notes": {"x-pii": False}}},
+                              set()),
+                             ({"properties": {"appointment_id": self.MARK, "room": self.MARK}},
+                              {"appointment_id"}),
                              ({"patternProperties": {"_id$": self.MARK}}, {"appointment_id"}),
-                             ({"properties": {"event_type": {}, "timestamp": {}}, "additionalProperties": self.MARK},
+                             ({"properties": {"event_type": {}, "timestamp": {}},
+                               "additionalProperties": self.MARK},
                               {"appointment_id"}),
                              (self.MARK, {"appointment_id", "event_type", "timestamp"})):
             with self.subTest(schema):
@@ -1709,7 +1722,8 @@ class EventTest(unittest.TestCase):
         for wrong in ("true", "yes", 1, 0, None, [], {}):
             for schema, place in (({"properties": {"a": {"x-pii": wrong}}}, "/properties/a/x-pii"),
                                   ({"x-pii": wrong}, "/x-pii"),
-                                  ({"$defs": {"unused": {"items": {"x-pii": wrong}}}}, "/$defs/unused/items/x-pii")):
+                                  ({"$defs": {"unused": {"items": {"x-pii": wrong}}}},
+                                   "/$defs/unused/items/x-pii")):
                 with self.subTest(schema), self.assertRaises(SchemaError) as caught:
                     Contract(schema)
                 self.assertEqual(str(caught.exception), f"at {place}: x-pii must be true or false")
@@ -1717,7 +1731,8 @@ class EventTest(unittest.TestCase):
     def test_a_mark_is_a_known_keyword_and_what_looks_like_one_is_noted(self):
         for keyword in ("x-PII", "X-PII", "x-pi", "x-piii", "xpii", "x_pii", "pii"):
             note, = Contract({"properties": {"a": {keyword: True}}}).schema.notes
-            self.assertEqual(note, f"the unknown keyword {keyword} at /properties/a is ignored; did you mean x-pii?")
+            self.assertEqual(note, f"the unknown keyword {keyword} at /properties/a is ignored; "
+                                   "did you mean x-pii?")
         for keyword in ("x-pii", "x-nullable", "x-title", "x-order", "x-id"):
             self.assertEqual(Contract({"properties": {"a": {keyword: True}}}).schema.notes, [])
 
@@ -6085,7 +6100,8 @@ class SignatureTest(unittest.TestCase):
                 ({"secrets": []}, "/secrets", "Field 'secrets' must not be empty"),
                 ({"secrets": "x"}, "/secrets", "Field 'secrets' must be of type array"),
                 ({"secrets": ["x", ""]}, "/secrets/1", "Field 'secrets[1]' must not be empty"),
-                ({"secrets": [str(number) for number in range(101)]}, "/secrets", "Field 'secrets' must have at most 100 items"),
+                ({"secrets": [str(number) for number in range(101)]}, "/secrets",
+                 "Field 'secrets' must have at most 100 items"),
                 ({"secret": "x"}, "/secret", "Field 'secret' is not a known field"),
                 ({"profile": "gitlab"}, "/profile", "Field 'profile' must be one of: standard, github, websub, stripe, "
                                                     "zocdoc, acuity, calcom"),
@@ -6368,7 +6384,8 @@ class ClientsTest(FolderTest):
         for entries, place, expected in (
                 ([signer("a", whsec), signer("b", whsec)], "/clients/1", "has the secret of /clients/0"),
                 ([signer("a", whsec), signer("b", whsec[6:])], "/clients/1", "has the secret of /clients/0"),
-                ([signer("a", whsec), signer("b", "k" * 24, profile="github")], "/clients/1", "has the secret of /clients/0"),
+                ([signer("a", whsec), signer("b", "k" * 24, profile="github")], "/clients/1",
+                 "has the secret of /clients/0"),
                 ([signer("a", "x1x1", whsec, whsec)], "/clients/0/signature/secrets", "twice"),
                 ([signer("a", *many, profile="github")], "/clients/0/signature/secrets", "100"),
                 ([signer("a", *many[:60], profile="github"), signer("b", *many[60:], profile="github")],
@@ -6377,7 +6394,8 @@ class ClientsTest(FolderTest):
                 ([signer("a")], "/clients/0/signature/secrets", "empty"),
                 ([signer("a", whsec, profile="githup")], "/clients/0/signature/profile", "github"),
                 ([signer("a", whsec, tolerence=5)], "/clients/0/signature/tolerence", "not a known field"),
-                ([signer("a", whsec, profile="github", tolerance=5)], "/clients/0/signature/tolerance", "has no use"),
+                ([signer("a", whsec, profile="github", tolerance=5)], "/clients/0/signature/tolerance",
+                 "has no use"),
                 ([signer("a", whsec, template="{timestamp}")], "/clients/0/signature/template", "{body}")):
             with self.subTest(entries=entries), self.assertRaises(SetupError) as raised:
                 self.read({"clients": entries})
@@ -6386,7 +6404,8 @@ class ClientsTest(FolderTest):
             self.assertIn(expected, text)
             for secret in (whsec[6:], "x1x1", "no base64!", "secret1"):
                 self.assertNotIn(secret, text)
-        fine = [signer("a", *many[:60], profile="github"), signer("b", *many[60:100], profile="calcom"), key_entry("sender")]
+        fine = [signer("a", *many[:60], profile="github"), signer("b", *many[60:100], profile="calcom"),
+                key_entry("sender")]
         self.assertEqual(len(self.read({"clients": fine})), 3)
 
     def test_a_file_that_cannot_be_read_keeps_it_from_starting(self):
@@ -6624,18 +6643,19 @@ class SignedEventTest(ClientsServerTest):
     def entry(self, name="north", key=KEY, sender="standard", **members):
         """An entry of the clients file for a client that signs."""
         settings, secret_of, _ = SENDERS[sender]
-        return {"name": name, "roles": ["sender"], "signature": {**settings, "secrets": [secret_of(key)]}, **members}
+        return {"name": name, "roles": ["sender"], "signature": {**settings, "secrets": [secret_of(key)]},
+                **members}
 
     def signed(self, body=None, key=KEY, sender="standard", late=0, **changed):
-        """The bytes of a POST that is signed now, or was `late` seconds ago; fields changed, or left out with None."""
+        """The bytes of a POST that was signed `late` seconds ago; fields `changed`, or left out with None."""
         body = json.dumps(event() if body is None else body).encode()
         fields = SENDERS[sender][2](key, body, int(time.time()) - late)
         fields.update((name.replace("_", "-"), value) for name, value in changed.items())
         return post_bytes(body, *[f"{name}: {value}" for name, value in fields.items() if value is not None])
 
     def through(self, server, data):
-        """[status] of one request that comes each way: alone and whole, read by the poller, its body in pieces, chunked."""
-        whole = [answer.status for answer in self.talk(server, data)]
+        """[status] of a request that comes each way: alone, read by the poller, in pieces, chunked."""
+        whole = self.talk_statuses(server, data)
         kept, (head, _, body) = self.connect(server), data.partition(b"\r\n\r\n")
         kept.sendall(head_bytes(first="GET /health/live HTTP/1.1"))
         self.read_answer(kept)
@@ -6651,17 +6671,18 @@ class SignedEventTest(ClientsServerTest):
             one.close()
         head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
         pieces = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut(body, 5, 20) if piece)
-        return whole + [answer.status for answer in self.talk(server, head + b"\r\n\r\n" + pieces + b"0\r\n\r\n")]
+        return whole + self.talk_statuses(server, head + b"\r\n\r\n" + pieces + b"0\r\n\r\n")
 
     def assert_stored(self, *clients):
-        self.assertEqual(rows(self.database, "SELECT client FROM appointment_events WHERE 1 ORDER BY id LIMIT 99"),
+        self.assertEqual(rows(self.database,
+                              "SELECT client FROM appointment_events ORDER BY id"),
                          clients[0] if len(clients) == 1 else [(client,) for client in clients])
 
     def test_a_signed_event_is_stored_under_the_name_of_its_client_whichever_way_it_comes(self):
         server = self.start_with(self.entry(), key_entry("sender"))
         self.assertEqual(self.through(server, self.signed()), [200, 409, 409, 409])
         kept = self.connect(server)
-        for number in range(3):                                             # the second and third by the poller
+        for number in range(3):                         # the second and third are read by the poller
             kept.sendall(self.signed(event(appointment_id=str(number))))
             self.assertEqual(self.read_answer(kept).status, 200)
         self.assert_stored(*["north"] * 4)
@@ -6678,23 +6699,30 @@ class SignedEventTest(ClientsServerTest):
                 self.assertEqual(self.talk_statuses(server, data), [200])
 
     def test_what_is_forged_old_or_broken_is_a_401_each_way_and_nothing_is_stored(self):
-        server = self.start_with(self.entry(), self.entry("zocdoc", self.OTHER, "zocdoc"), key_entry("sender"))
+        server = self.start_with(self.entry(), self.entry("zocdoc", self.OTHER, "zocdoc"),
+                                 key_entry("sender"))
         good = self.signed()
         signature, = re.findall(rb"webhook-signature: (.*)\r\n", good)
         twice = good.replace(b"webhook-signature", b"webhook-signature: %b\r\nwebhook-signature" % signature)
-        cases = {"another secret": self.signed(key=b"x" * 24), "the secret of another": self.signed(key=self.OTHER),
+        cases = {"another secret": self.signed(key=b"x" * 24),
+                 "the secret of another": self.signed(key=self.OTHER),
                  "another body": good.replace(b"PAT-1", b"PAT-2"), 
                  "replayed later": self.signed(late=301), "from the future": self.signed(late=-310),
                  "an old one with a new time": self.signed(late=1000, webhook_timestamp=int(time.time())),
                  "another id": self.signed(webhook_id="msg_2"), "no id": self.signed(webhook_id=None),
-                 "no time": self.signed(webhook_timestamp=None), "no number": self.signed(webhook_timestamp="now"),
+                 "no time": self.signed(webhook_timestamp=None),
+                 "no number": self.signed(webhook_timestamp="now"),
                  "milliseconds": self.signed(webhook_timestamp=int(time.time() * 1000)),
                  "an endless number": self.signed(webhook_timestamp="9" * 1000),
-                 "no signature": self.signed(webhook_signature=None), "an empty one": self.signed(webhook_signature=""),
-                 "a header twice": twice, "a header twice, one of them garbage": good.replace(b"\r\nwebhook-signature", b"\r\nwebhook-signature: x\r\nwebhook-signature"),
-                 "another version": good.replace(b"v1,", b"v1a,"), "in hex": self.signed(webhook_signature="v1," + "0" * 64),
+                 "no signature": self.signed(webhook_signature=None),
+                 "an empty one": self.signed(webhook_signature=""),
+                 "a header twice": twice,
+                 "a header twice, one of them garbage": twice.replace(signature, b"x", 1),
+                 "another version": good.replace(b"v1,", b"v1a,"),
+                 "in hex": self.signed(webhook_signature="v1," + "0" * 64),
                  "garbage": self.signed(webhook_signature="\xff\xfe,=;v1,\t" * 50),
-                 "sixteen thousand": self.signed(webhook_signature="v1, " * 2000), "a time of two": self.signed(webhook_timestamp="1, 2")}
+                 "sixteen thousand": self.signed(webhook_signature="v1, " * 2000),
+                 "a time of two": self.signed(webhook_timestamp="1, 2")}
         for what, data in cases.items():
             with self.subTest(what):
                 server._endpoints.rules.access._strikes = receiver.PerAddress(receiver.Strikes)
@@ -6702,8 +6730,9 @@ class SignedEventTest(ClientsServerTest):
         self.assertEqual(rows(self.database), 0)
         self.assertEqual(self.through(server, good), [200, 409, 409, 409])
         log = self.log_text(server)
-        for note in ("no signature fits", "the timestamp is 30[0-9] s old", "the timestamp cannot be read", "no credentials",
-                     "webhook-id is missing", "webhook-timestamp is missing", "the signature header cannot be read"):
+        for note in ("no signature fits", "the timestamp is 30[0-9] s old", "the timestamp cannot be read",
+                     "no credentials", "webhook-id is missing", "webhook-timestamp is missing",
+                     "the signature header cannot be read"):
             self.assertTrue(re.search(f"WARNING - .* 401 {note} ", log), note)
         for secret in (*map(base64_of, (self.KEY, self.OTHER)), signature.decode(), "msg_"):
             self.assertNotIn(secret, log)
@@ -6744,7 +6773,8 @@ class SignedEventTest(ClientsServerTest):
     def test_a_retry_with_its_old_id_is_an_ordinary_retry(self):
         for duplicates, status in (("conflict", 409), ("ok", 200)):
             with self.subTest(duplicates):
-                server = self.start_with(self.entry(), duplicates=duplicates, database=str(self.folder / f"{duplicates}.db"))
+                server = self.start_with(self.entry(), duplicates=duplicates,
+                                         database=str(self.folder / f"{duplicates}.db"))
                 self.assertEqual(self.talk_statuses(server, self.signed(late=200)), [200])
                 retry, = self.talk(server, self.signed())
                 self.assertEqual((retry.status, retry.json["event_id"]), (status, 1))
@@ -6753,7 +6783,8 @@ class SignedEventTest(ClientsServerTest):
 
     def test_who_signs_is_held_to_role_network_and_rate_and_may_be_disabled(self):
         for members, found in (({"roles": ["reader"]}, [403, 403]), ({"disabled": True}, [403, 403]),
-                               ({"allow_from": ["203.0.113.0/24"]}, [403, 403]), ({"roles": ["admin"]}, [200, 409]),
+                               ({"allow_from": ["203.0.113.0/24"]}, [403, 403]),
+                               ({"roles": ["admin"]}, [200, 409]),
                                ({"rate": 0.001, "burst": 1}, [200, 429])):
             with self.subTest(members):
                 file = str(self.folder / f"{len(os.listdir(self.folder))}.db")
@@ -6764,7 +6795,8 @@ class SignedEventTest(ClientsServerTest):
         entry = self.entry("both", require="all", key_sha256=key_entry("both")["key_sha256"])
         server = self.start_with(entry, key_entry("sender"), self.entry("zocdoc", self.OTHER, "zocdoc"))
         both, alone = self.signed(x_api_key=KEYS["both"]), self.signed()
-        wrong = {"the key alone": post_bytes(event(), "X-API-Key: " + KEYS["both"]), "the signature alone": alone,
+        wrong = {"the key alone": post_bytes(event(), "X-API-Key: " + KEYS["both"]),
+                 "the signature alone": alone,
                  "another's key": self.signed(x_api_key=KEYS["none"]),
                  "a key and another's signature": self.signed(key=b"x" * 24, x_api_key=KEYS["both"]),
                  "a key and an old signature": self.signed(late=400, x_api_key=KEYS["both"])}
@@ -6772,7 +6804,8 @@ class SignedEventTest(ClientsServerTest):
             with self.subTest(what):
                 self.assertEqual(self.through(server, data), [401] * 4)
         self.assertEqual(self.through(server, both), [200, 409, 409, 409])
-        self.assertEqual(self.talk_statuses(server, self.signed(event(appointment_id="2"), x_api_key=KEYS["sender"])), [200])
+        self.assertEqual(self.talk_statuses(server, self.signed(event(appointment_id="2"),
+                                                                x_api_key=KEYS["sender"])), [200])
         self.assertEqual(self.talk_statuses(server, self.signed(
             event(appointment_id="3"), self.OTHER, "zocdoc", x_api_key=KEYS["both"])), [200])
         self.assert_stored("both", "sender", "zocdoc")      # of two, the one that has shown all that it needs
@@ -6790,20 +6823,24 @@ class SignedEventTest(ClientsServerTest):
     def test_a_stranger_is_refused_before_a_body_is_read_or_asked_for(self):
         server = self.start_with(self.entry(), key_entry("sender"), key_entry("reader"), body_timeout=2)
         first, key = f"POST {PATH} HTTP/1.1", "X-API-Key: " + KEYS["sender"]
-        for credentials, status in ((["X: y"], 401), (["X-API-Key: " + KEYS["none"]], 401), (["Authorization: Bearer x"], 401),
+        for credentials, status in ((["X: y"], 401), (["X-API-Key: " + KEYS["none"]], 401),
+                                    (["Authorization: Bearer x"], 401),
                                     (["X-API-Key: " + KEYS["reader"]], 403)):
             for lines in (["Content-Length: 50000"], ["Transfer-Encoding: chunked"],
-                          ["Content-Length: 50000", "Expect: 100-continue"], ["Content-Length: 10", "Expect: 100-continue"],
+                          ["Content-Length: 50000", "Expect: 100-continue"],
+                          ["Content-Length: 10", "Expect: 100-continue"],
                           ["Transfer-Encoding: chunked", "Expect: 100-continue"]):
                 with self.subTest(credentials, lines=lines):
                     connection = self.connect(server)
-                    connection.sendall(head_bytes(*lines, *credentials, first=first))   # and nothing of a body
+                    connection.sendall(head_bytes(*lines, *credentials, first=first))   # and no body
                     answer, = answers_in(read_all(connection))
-                    self.assertEqual((self.proper(answer).status, answer.headers["connection"]), (status, "close"))
+                    self.assertEqual((self.proper(answer).status, answer.headers["connection"]),
+                                     (status, "close"))
         fields = SENDERS["standard"][2](self.KEY, BODY, int(time.time()))
         for lines in ([key], [f"{name}: {value}" for name, value in fields.items()]):
             connection = self.connect(server)
-            connection.sendall(head_bytes(f"Content-Length: {len(BODY)}", "Expect: 100-continue", *lines, first=first))
+            connection.sendall(head_bytes(f"Content-Length: {len(BODY)}", "Expect: 100-continue", *lines,
+                                          first=first))
             self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
             connection.sendall(BODY)
             self.assertIn(self.read_answer(connection).status, (200, 409))
@@ -6811,7 +6848,8 @@ class SignedEventTest(ClientsServerTest):
     def test_large_bodies_of_strangers_take_no_place_from_others(self):
         server = self.start_with(key_entry("sender"))
         body, key = event(notes="n" * 200000), "X-API-Key: " + KEYS["sender"]
-        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"fa00\r\n" + b" " * 60000
+        chunked = head_bytes("Transfer-Encoding: chunked",
+                             first=f"POST {PATH} HTTP/1.1") + b"fa00\r\n" + b" " * 60000
         server._server.large = receiver.Budget(0)
         for data in (post_bytes(body), post_bytes(body)[:20000], post_bytes(body, "X-API-Key: x"), chunked):
             self.assertEqual(self.talk_statuses(server, data), [401])
@@ -6822,7 +6860,8 @@ class SignedEventTest(ClientsServerTest):
     def test_ten_thousand_wrong_keys_and_signatures_are_not_kept(self):
         server = self.start_with(self.entry(), key_entry("sender"))
         for part in range(5):
-            data = b"".join(self.signed(webhook_id=f"{part}-{number}", x_api_key=f"{part}-{number}") for number in range(500))
+            data = b"".join(self.signed(webhook_id=f"{part}-{number}",
+                                        x_api_key=f"{part}-{number}") for number in range(500))
             self.assertLessEqual(set(statuses(self.exchange(server, data))), {401, 429, 200, 409})
             rules = server._endpoints.rules
             self.assertLessEqual(len(rules._kept), receiver.HEADS_KEPT)
@@ -8619,7 +8658,7 @@ class PrivacyTest(HTTPTest):
 
 
 class LeakTest(HTTPTest):
-    """Every place of a request has a mark of its own, to be looked for in all that the service says anywhere."""
+    """Every place of a request has a mark of its own, to be looked for in all that the service says."""
 
     VISIT = {"type": "object", "unevaluatedProperties": False, "properties": {
         "room": {"type": "string", "pattern": "^[A-Z]-[0-9]+$"},
@@ -8634,7 +8673,8 @@ class LeakTest(HTTPTest):
                   "closed": {"type": "object", "additionalProperties": False}}
     # One whose ids and times are a person's, too, and one in which they are not
     OPEN = {**receiver.EVENT_SCHEMA, "properties": PROPERTIES, "dependentRequired": {"closed": ["visit"]}}
-    MARKED = {**OPEN, "allOf": [{"properties": {"appointment_id": {"x-pii": True}, "timestamp": {"x-pii": True}}}]}
+    MARKED = {**OPEN, "allOf": [{"properties": {"appointment_id": {"x-pii": True},
+                                                "timestamp": {"x-pii": True}}}]}
 
     def setUp(self):
         super().setUp()
@@ -8668,7 +8708,7 @@ class LeakTest(HTTPTest):
         yield {self.name(where): self.value(where), "a": {self.name(where): [{self.name(where): True}]}}
 
     def bodies(self, is_marked):
-        """Bodies full of marks. Where nothing marks them, valid ids and times of events are shown, and so are not planted."""
+        """Bodies full of marks. Valid ids and times, which are shown where nothing marks them, are none then."""
         for member in (*receiver.REQUIRED_FIELDS, "notes", "visit", "closed"):
             for wrong in self.wrong_values(member):
                 if member == "appointment_id" and isinstance(wrong, str) and not is_marked:
@@ -8677,7 +8717,8 @@ class LeakTest(HTTPTest):
         for member in (*self.VISIT["properties"], self.name("an unknown member of a closed one")):
             for wrong in self.wrong_values("visit/" + member):
                 yield event(visit={member: wrong, "doctor": self.value("a marked one, too long")})
-        yield event(closed={self.name("a closed one"): self.value("its value")}, patient_id=self.value("beside it"))
+        yield event(closed={self.name("a closed one"): self.value("its value")},
+                    patient_id=self.value("beside it"))
         yield event(visit={"parts": [{self.name("in an item"): self.value("its value")}]})
         yield event(visit={"tags": {self.name("too long a name"): 1}})
         yield event(visit={"scores": {self.name("a name by pattern"): self.number("its value")}})
@@ -8686,19 +8727,23 @@ class LeakTest(HTTPTest):
         yield {self.name("alone"): self.value("its value")}
         yield [self.value("in a list"), event(notes=self.value("in an event in a list"))]
         yield self.value("a text alone")
-        for last in ("first", "other", "third"):                            # stored, and conflicts of other content
+        for last in ("first", "other", "third"):        # stored, and conflicts of other content
             yield event(appointment_id="Shown-2", patient_id=self.value(last), notes=self.value(last),
                         **{self.name(last): {self.name(last): [self.value(last), self.number(last)]}})
-        yield event(appointment_id="Shown-3", visit={"doctor": "Dr.", "room": "A-" + str(self.number("a good one"))})
+        yield event(appointment_id="Shown-3", visit={"doctor": "Dr.",
+                                                     "room": "A-" + str(self.number("a good one"))})
         if is_marked:
             for _ in range(2):
                 yield event(appointment_id=self.value("a marked id"), timestamp=self.time("a marked time"))
-                yield event(appointment_id=self.value("a marked id"), timestamp=self.time("a marked time"), notes=5)
+                yield event(appointment_id=self.value("a marked id"), timestamp=self.time("a marked time"),
+                            notes=5)
 
     def broken_bodies(self):
         """Bytes that are no JSON, or too much of it."""
-        for text in ('{"%s": ', '{"%s" "%s"}', '{"a": "%s', '["%s", tru%s]', "%s", '{"%s": NaN}', '{"%s": 1e999}',
-                     '{"a": "%s\\u0000"}', '{"%s": "\\ud800"}', '{"a": "\\%s"}', '{"a": "%s"} %s', '{%s: 1}', "\ufeff%s",
+        for text in ('{"%s": ', '{"%s" "%s"}', '{"a": "%s', '["%s", tru%s]', "%s", '{"%s": NaN}',
+                     '{"%s": 1e999}',
+                     '{"a": "%s\\u0000"}', '{"%s": "\\ud800"}', '{"a": "\\%s"}', '{"a": "%s"} %s', '{%s: 1}',
+                     "\ufeff%s",
                      "[" * 65 + '"%s"', '{"a": [' + "{}," * 10001 + '"%s"]}', '{"a": "%s\n"}'):
             yield (text % tuple(self.value("no JSON") for _ in range(text.count("%s")))).encode()
         mark = self.name("a name that comes twice")
@@ -8708,22 +8753,30 @@ class LeakTest(HTTPTest):
 
     def heads(self):
         """Bytes of requests with marks in their heads."""
-        for first in ("{n} /health HTTP/1.1", "GET /{v} HTTP/1.1", f"GET {PATH}/{{v}} HTTP/1.1", "GET {v} HTTP/1.1",
-                      f"GET {PATH}/%2e%2e/{{v}} HTTP/1.1", f"GET {PATH};{{v}} HTTP/1.1", "GET /health?{n}={v} HTTP/1.1",
-                      f"GET {PATH}?{{n}}={{v}} HTTP/1.1", f"GET {PATH}?{{n}} HTTP/1.1", f"GET {PATH}?patient_id={{v}} HTTP/1.1",
-                      f"GET {PATH}?patient_id={{v}}&patient_id={{v}} HTTP/1.1", f"GET {PATH}?since={{v}} HTTP/1.1",
+        for first in ("{n} /health HTTP/1.1", "GET /{v} HTTP/1.1", f"GET {PATH}/{{v}} HTTP/1.1",
+                      "GET {v} HTTP/1.1",
+                      f"GET {PATH}/%2e%2e/{{v}} HTTP/1.1", f"GET {PATH};{{v}} HTTP/1.1",
+                      "GET /health?{n}={v} HTTP/1.1",
+                      f"GET {PATH}?{{n}}={{v}} HTTP/1.1", f"GET {PATH}?{{n}} HTTP/1.1",
+                      f"GET {PATH}?patient_id={{v}} HTTP/1.1",
+                      f"GET {PATH}?patient_id={{v}}&patient_id={{v}} HTTP/1.1",
+                      f"GET {PATH}?since={{v}} HTTP/1.1",
                       f"GET {PATH}?until={{v}} HTTP/1.1", f"GET {PATH}?limit={{v}} HTTP/1.1",
                       f"GET {PATH}?after={{v}} HTTP/1.1", f"GET {PATH}?event_type={{v}} HTTP/1.1",
-                      f"GET {PATH}?appointment_id={{v}}%00 HTTP/1.1", f"GET {PATH}?patient_id={{v}}%ff HTTP/1.1",
+                      f"GET {PATH}?appointment_id={{v}}%00 HTTP/1.1",
+                      f"GET {PATH}?patient_id={{v}}%ff HTTP/1.1",
                       f"POST {PATH}?{{n}}={{v}} HTTP/1.1", f"PUT {PATH}?{{n}}={{v}} HTTP/1.1",
                       "OPTIONS /{v}?{n} HTTP/1.1", "GET /health HTTP/{v}", "GET /health {v} HTTP/1.1",
                       "GET http://{n}/health HTTP/1.1", "GET http://user:{v}@localhost/health HTTP/1.1",
                       "CONNECT {v}:443 HTTP/1.1", "GET /health#{v} HTTP/1.1", "GET /health%{v} HTTP/1.1"):
             first = re.sub("{v}", lambda _: self.value(first), first)
             yield head_bytes("Content-Length: 0", first=re.sub("{n}", lambda _: self.name(first), first))
-        for name in ("Accept", "Accept-Encoding", "Authorization", "Connection", "Content-Encoding", "Content-Length",
-                     "Content-Type", "Cookie", "Expect", "Forwarded", "From", "If-None-Match", "Origin", "Range", "Referer",
-                     "Sec-Fetch-Site", "Svix-Signature", "Traceparent", "Transfer-Encoding", "Upgrade", "User-Agent", "Via",
+        for name in ("Accept", "Accept-Encoding", "Authorization", "Connection", "Content-Encoding",
+                     "Content-Length",
+                     "Content-Type", "Cookie", "Expect", "Forwarded", "From", "If-None-Match", "Origin",
+                     "Range", "Referer",
+                     "Sec-Fetch-Site", "Svix-Signature", "Traceparent", "Transfer-Encoding", "Upgrade",
+                     "User-Agent", "Via",
                      "Webhook-Id", "Webhook-Signature", "X-API-Key", "X-Forwarded-For", "X-Request-ID"):
             for first in ("GET /health HTTP/1.1", f"GET {PATH}/1234 HTTP/1.1", f"POST {PATH} HTTP/1.1"):
                 yield head_bytes(f"{name}: {self.value(name)}", first=first)
@@ -8733,7 +8786,8 @@ class LeakTest(HTTPTest):
         yield head_bytes(f"{self.name('no field')}")
         yield head_bytes(f" {self.value('a folded line')}")
         chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
-        for body in ("5;{v}={v}\r\n[],{v}\r\n", "2\r\n[]\r\n0\r\n{n}: {v}\r\n\r\n", "{v}\r\n", "2\r\n[]\r\n0\r\n{v}\r\n\r\n"):
+        for body in ("5;{v}={v}\r\n[],{v}\r\n", "2\r\n[]\r\n0\r\n{n}: {v}\r\n\r\n", "{v}\r\n",
+                     "2\r\n[]\r\n0\r\n{v}\r\n\r\n"):
             body = re.sub("{v}", lambda _: self.value("a chunk"), body)
             yield chunked + re.sub("{n}", lambda _: self.name("a trailer"), body).encode()
         yield self.value("no HTTP").encode() + b"\0\r\n\r\n"
@@ -8742,9 +8796,11 @@ class LeakTest(HTTPTest):
         """Bytes of requests that are too large somewhere."""
         mark = self.value("a body that is too large").encode()
         yield post_bytes(b'{"notes": "' + mark * 10000 + b'"}')
-        yield head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1") + b"fffff\r\n" + mark * 10000
+        yield head_bytes("Transfer-Encoding: chunked",
+                         first=f"POST {PATH} HTTP/1.1") + b"fffff\r\n" + mark * 10000
         yield post_bytes(b'{"notes": "' + self.value("a large one that is cut").encode() * 2000 + b'"}')[:-1]
-        yield post_bytes(event(appointment_id="Shown-4", notes=self.value("a large one that is stored") * 2000))
+        yield post_bytes(event(appointment_id="Shown-4",
+                               notes=self.value("a large one that is stored") * 2000))
         yield head_bytes(first="GET /" + self.value("a request line") * 1000 + " HTTP/1.1")
         yield head_bytes(f"X: {self.value('a header section') * 1500}" + "x" * 9000)
         yield head_bytes(*[f"{self.name('one of many fields')}: 1" for _ in range(101)])
@@ -8810,7 +8866,6 @@ class LeakTest(HTTPTest):
             text = Path(settings["log_file"]).read_text()
         self.assertEqual(self.find(text, names=True), [])
         self.assertEqual(self.find(health.body.decode(), names=True), [])
-        self.assertEqual({"name", "value"}, {("value", "name")[is_name] for _, is_name in self.planted.values()})
         # The neighbour: what may be shown is shown
         self.assertIn("] POST /webhook/appointments 400 Field 'patient_id' must ", text)
         self.assertIn("] POST /webhook/appointments 200 stored event_id=1 ", text)
@@ -8822,7 +8877,8 @@ class LeakTest(HTTPTest):
     def test_marks_follow_a_reload(self):
         schema = self.folder / "schema.json"
         server = None
-        for number, (document, is_taken) in enumerate(((self.OPEN, True), (self.MARKED, True), (self.OPEN, True),
+        for number, (document, is_taken) in enumerate(((self.OPEN, True), (self.MARKED, True),
+                                                       (self.OPEN, True),
                                                        ({**self.MARKED, "x-pii": "yes"}, False))):
             schema.write_text(json.dumps(document))
             if server is None:
@@ -8936,11 +8992,16 @@ class HostileTest(HTTPTest):
 class InjectionTest(HTTPTest):
     """What attackers hope that somebody executes: it is data, in and out."""
 
-    HOSTILE = ("' OR '1'='1", "'; DROP TABLE appointment_events; --", '" OR ""="', "1; ATTACH DATABASE 'x.db' AS x; --",
-               "') UNION SELECT sql, 1, 1, 1, 1, 1, 1, 1, 1 FROM sqlite_master --", "%", "_%", "*", "[a-z]", "\\'", "a\tb",
-               "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "javascript:alert(1)", "{{7*7}}", "${7*7}",
-               "${jndi:ldap://127.0.0.1:9/a}", "%s%n%x", "$(touch injected)", "`touch injected`", "| touch injected",
-               "__import__('os').system('touch injected')", "../../etc/passwd", "file:///etc/passwd", "a\r\nX-Injected: 1",
+    HOSTILE = ("' OR '1'='1", "'; DROP TABLE appointment_events; --", '" OR ""="',
+               "1; ATTACH DATABASE 'x.db' AS x; --",
+               "') UNION SELECT sql, 1, 1, 1, 1, 1, 1, 1, 1 FROM sqlite_master --", "%", "_%", "*", "[a-z]",
+               "\\'", "a\tb",
+               "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "javascript:alert(1)",
+               "{{7*7}}", "${7*7}",
+               "${jndi:ldap://127.0.0.1:9/a}", "%s%n%x", "$(touch injected)", "`touch injected`",
+               "| touch injected",
+               "__import__('os').system('touch injected')", "../../etc/passwd", "file:///etc/passwd",
+               "a\r\nX-Injected: 1",
                "=cmd|'/c calc'!A1", "\u202e\u2028\ufeff", "{\"$gt\": \"\"}")
 
     def test_code_of_any_language_in_an_event_is_stored_read_back_and_found_by_filters_as_it_is(self):
@@ -8973,41 +9034,55 @@ class InjectionTest(HTTPTest):
             for name in receiver.REQUIRED_FIELDS:
                 answer = self.post(server, event(**{name: {operator: ""}}))
                 self.assertEqual((answer.status, answer.json["errors"][0]["rule"]), (400, "type"))
-            for query in (f"patient_id[{operator}]=x", f"patient_id%5B{operator}%5D=x", f"{operator}=x", "patient_id[]=x",
+            for query in (f"patient_id[{operator}]=x", f"patient_id%5B{operator}%5D=x", f"{operator}=x",
+                          "patient_id[]=x",
                           "patient_id=PAT-1&patient_id=PAT-2"):
                 self.assertEqual(self.call(server, path=f"{PATH}?{query}").status, 400, query)
             found = self.call(server, path=f"{PATH}?patient_id={operator}")
             self.assertEqual((found.status, found.json["events"]), (200, []))
-        self.assertEqual(self.post(server, event(appointment_id="A-2", __proto__={"admin": True})).status, 200)
+        self.assertEqual(self.post(server, event(appointment_id="A-2", __proto__={"admin": True})).status,
+                         200)
 
     def test_no_spelling_of_a_line_end_in_a_field_makes_a_field_or_an_answer_more(self):
         server = self.start(allowed_origin="https://desk.example", allowed_host="desk.example")
-        ends = ("\r", "\n", "\r\n ", "\n\t", "%0d%0a", "%0D%0A%20", "\\r\\n", "\x85", "\x0b", "\x0c", "\x00", "\u560a\u560d",
+        ends = ("\r", "\n", "\r\n ", "\n\t", "%0d%0a", "%0D%0A%20", "\\r\\n", "\x85", "\x0b", "\x0c", "\x00",
+                "\u560a\u560d",
                 "\u2028", "%E5%98%8A%E5%98%8D")
-        for name, good in (("Host", "desk.example"), ("Origin", "https://desk.example"), ("Accept", "text/csv"),
+        for name, good in (("Host", "desk.example"), ("Origin", "https://desk.example"),
+                           ("Accept", "text/csv"),
                            ("X-Request-ID", "a"), ("Traceparent", "00-1"), ("Content-Type", "text/plain"),
-                           ("Access-Control-Request-Method", "POST"), ("Webhook-Id", "msg_1"), ("Connection", "close")):
+                           ("Access-Control-Request-Method", "POST"), ("Webhook-Id", "msg_1"),
+                           ("Connection", "close")):
             for end, method in itertools.product(ends, ("GET", "OPTIONS")):
                 with self.subTest(name, end=end, method=method):
                     line = f"{name}: {good}{end}X-Injected: 1{end}{end}HTTP/1.1 200 OK"
                     host = "Host: desk.example" if name != "Host" else ""
-                    data = head_bytes(first=f"{method} {PATH} HTTP/1.1", host=host)[:-2] + line.encode() + b"\r\n\r\n"
+                    data = head_bytes(first=f"{method} {PATH} HTTP/1.1",
+                                      host=host)[:-2] + line.encode() + b"\r\n\r\n"
                     answer, = self.talk(server, data, method)
                     self.assertLess(answer.status, 500)
                     self.assertNotIn("x-injected", answer.headers)
                     self.assertNotIn("desk.example" + end, repr(answer.headers))
         answer, = self.talk(server, head_bytes("Origin: https://desk.example", host="Host: desk.example"))
-        self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]), (200, "https://desk.example"))
+        self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
+                         (200, "https://desk.example"))
 
     def test_no_spelling_of_a_path_leads_to_a_file_or_past_a_route(self):
         server = self.start()
-        for path in ("/../schema.json", "/%2e%2e/schema.json", "/%2e%2e%2fschema.json", "/..%5cschema.json", "//schema.json",
-                     "/schema.json/", "/schema.json/..", "/schema.json%00", "/schema.json%00.html", "/./schema.json",
-                     "/schema.json;x=y", "/schema.json%20", "/schema.json.", "/SCHEMA.JSON", "/schema%252ejson", "/\\schema.json",
-                     "/..;/schema.json", "/webhook_server.py", "/events.db", "/%2fetc%2fpasswd", "//etc/passwd",
-                     "/etc/passwd", "/..%c0%af..%c0%afetc/passwd", "/%uff0e%uff0e/etc/passwd", "/....//etc/passwd",
-                     "///", "/%", "/%zz", "/\x7f", "/.git/config", PATH + "/1/../2", PATH + "/1%2f..%2f2", PATH + "%2f1",
-                     PATH + "//1", PATH + "/0x1", PATH + "/1%00", PATH + "/%2d1", PATH + "/99999999999999999999", "*",
+        for path in ("/../schema.json", "/%2e%2e/schema.json", "/%2e%2e%2fschema.json", "/..%5cschema.json",
+                     "//schema.json",
+                     "/schema.json/", "/schema.json/..", "/schema.json%00", "/schema.json%00.html",
+                     "/./schema.json",
+                     "/schema.json;x=y", "/schema.json%20", "/schema.json.", "/SCHEMA.JSON",
+                     "/schema%252ejson", "/\\schema.json",
+                     "/..;/schema.json", "/webhook_server.py", "/events.db", "/%2fetc%2fpasswd",
+                     "//etc/passwd",
+                     "/etc/passwd", "/..%c0%af..%c0%afetc/passwd", "/%uff0e%uff0e/etc/passwd",
+                     "/....//etc/passwd",
+                     "///", "/%", "/%zz", "/\x7f", "/.git/config", PATH + "/1/../2", PATH + "/1%2f..%2f2",
+                     PATH + "%2f1",
+                     PATH + "//1", PATH + "/0x1", PATH + "/1%00", PATH + "/%2d1",
+                     PATH + "/99999999999999999999", "*",
                      "http://localhost/../schema.json", "localhost/schema.json", "?/schema.json"):
             with self.subTest(path):
                 answer, = self.talk(server, head_bytes(first=f"GET {path} HTTP/1.1"))
@@ -9038,10 +9113,11 @@ class BombTest(HTTPTest):
         yield "a long id", whole[:-1] + b', "appointment_id": "' + b"9" * filled + b'"}', 400
         yield "a long name", whole + b', "' + b"a" * filled + b'": 1}', 200
         yield "many members", whole + b"".join(b', "%x": 1' % number for number in range(70000)) + b"}", 200
-        yield "many members that are all wrong", b"{" + b",".join(b'"a%x": 1' % at for at in range(70000)) + b"}", 400
+        yield "members that are all unknown", b"{" + b",".join(b'"a%x":1' % at for at in range(70000)) + b"}", 400
         yield "one member again and again", whole + b', "a": 1' * (filled // 8) + b"}", 400
         yield "numbers that collide", whole + b', "unique": ' + json.dumps(collide).encode() + b"}", 200
-        yield "numbers that collide, one twice", whole + b', "unique": ' + json.dumps(collide + collide[:1]).encode() + b"}", 400
+        twice = json.dumps(collide + collide[:1]).encode()
+        yield "numbers that collide, one twice", whole + b', "unique": ' + twice + b"}", 400
         yield "blanks", b" " * filled + whole + b"}", 200
         yield "line ends", b"\r\n" * (filled // 2) + b"{", 400
         yield "commas", b"[" + b"," * filled, 400

@@ -1792,8 +1792,8 @@ class Schema:
                 self._note(f"the keyword {keyword} at {place} is not of draft 2020-12 and is ignored; "
                            f"{FOREIGN_KEYWORDS[keyword]}")
             elif keyword not in KEYWORDS:
-                similar = known             # x-... is for everybody's own, but a mark that has no effect leaks
-                if keyword.startswith("x-"):
+                similar = known
+                if keyword.startswith("x-"):        # for everybody's own; but a mark without effect leaks
                     similar = {PII: PII}
                 for found in difflib.get_close_matches(keyword.lower(), similar, 1, 0.75):
                     self._note(f"the unknown keyword {keyword} at {place} is ignored; "
@@ -1913,7 +1913,7 @@ class Schema:
 
 
 class Annotations:
-    """What a schema says of a place in a value, whatever the value is: by each of its branches, taken or not."""
+    """What a schema says of a place in a value, whatever the value: by all of its branches, taken or not."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
@@ -2537,7 +2537,8 @@ def _is_named(step: Any, schemas: list, below: list) -> bool:
     """Whether schemas name a member; an item is named where there is anything `below` to speak of it."""
     if isinstance(step, int):
         return bool(below)
-    return any(step in schema.get(keyword, ()) for schema in schemas for keyword in ("properties", "required"))
+    return any(step in schema.get("properties", ()) or step in schema.get("required", ())
+               for schema in schemas)
 
 
 class Contract:
