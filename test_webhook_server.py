@@ -24,6 +24,7 @@ import logging
 import os
 import random
 import re
+import select
 import shutil
 import signal
 import socket
@@ -37,6 +38,7 @@ import threading
 import time
 import traceback
 import unittest
+import urllib.parse
 import warnings
 import weakref
 from collections import Counter
@@ -1598,6 +1600,145 @@ class EventTest(unittest.TestCase):
 
     def test_what_is_about_a_person_is_known_by_name(self):
         self.assertEqual(receiver.PERSONAL_FIELDS, {"patient_id", "notes"})
+
+    # -- what the schema marks
+
+    MARK = {"x-pii": True}
+    # {name: (keywords of the schema, a path that the mark reaches, one beside it that it does not)}
+    MARKED = {
+        "a member": ({"properties": {"phone": MARK, "room": {}}}, ["phone"], ["room"]),
+        "a nested member": ({"properties": {"visit": {"properties": {"doctor": MARK, "room": True}}}},
+                            ["visit", "doctor"], ["visit", "room"]),
+        "all beneath a member": ({"properties": {"a": {**MARK, "properties": {"b": {"items": {}}}},
+                                                 "c": {"properties": {"b": {"items": {}}}}}},
+                                 ["a", "b", 0], ["c", "b", 0]),
+        "all beneath, whatever says no there": (
+            {"properties": {"a": {**MARK, "properties": {"b": {"x-pii": False}}},
+                            "c": {"properties": {"b": {"x-pii": False}}}}}, ["a", "b"], ["c", "b"]),
+        "items": ({"properties": {"a": {"items": MARK}, "b": {"items": {}}}}, ["a", 5], ["b", 5]),
+        "members of items": ({"properties": {"a": {"items": {"properties": {"b": MARK, "c": {}}}}}},
+                             ["a", 0, "b"], ["a", 0, "c"]),
+        "the first item": ({"properties": {"a": {"prefixItems": [MARK], "items": {}}}}, ["a", 0], ["a", 1]),
+        "the items behind": ({"properties": {"a": {"prefixItems": [{}], "items": MARK}}}, ["a", 1], ["a", 0]),
+        "contains": ({"properties": {"a": {"contains": MARK}, "b": {"contains": {}}}}, ["a", 0], ["b", 0]),
+        "unevaluatedItems": ({"properties": {"a": {"items": {}, "unevaluatedItems": MARK},
+                                             "b": {"items": {}}}},
+                             ["a", 0], ["b", 0]),
+        "$ref": ({"properties": {"a": {"$ref": "#/$defs/p"}, "b": {"$ref": "#/$defs/n"}},
+                  "$defs": {"p": MARK, "n": {}}}, ["a"], ["b"]),
+        "$ref to a $ref, by name": ({"properties": {"a": {"$ref": "#p"}, "b": {}},
+                                     "$defs": {"x": {"$anchor": "p", "$ref": "other"},
+                                               "y": {"$id": "other", "$ref": "#/$defs/z",
+                                                     "$defs": {"z": MARK}}}},
+                                    ["a"], ["b"]),
+        "$ref beside others": ({"properties": {"a": {"$ref": "#/$defs/n", **MARK},
+                                               "b": {"$ref": "#/$defs/n"}},
+                                "$defs": {"n": {}}}, ["a"], ["b"]),
+        "a schema that refers to itself": (
+            {"properties": {"a": {"$ref": "#/$defs/person"}},
+             "$defs": {"person": {"properties": {"name": MARK, "sees": {"$ref": "#/$defs/person"}}}}},
+            ["a", "sees", "sees", "name"], ["a", "sees", "sees"]),
+        "$dynamicRef": ({"properties": {"a": {"$dynamicRef": "#p"}, "b": {}},
+                         "$defs": {"x": {"$dynamicAnchor": "p", **MARK}}}, ["a"], ["b"]),
+        "a $dynamicRef that another resource fills": (
+            {"properties": {"a": {"$ref": "list"}, "b": {}}, "$defs": {
+                "x": {"$id": "list", "items": {"$dynamicRef": "#p"}, "$defs": {"y": {"$dynamicAnchor": "p"}}},
+                "z": {"$id": "mine", "$ref": "list", "$defs": {"y": {"$dynamicAnchor": "p", **MARK}}}}},
+            ["a", 0], ["b"]),
+        "allOf": ({"properties": {"a": {"allOf": [{}, MARK]}, "b": {"allOf": [{}]}}}, ["a"], ["b"]),
+        "allOf around": ({"allOf": [{"properties": {"a": MARK}}], "properties": {"a": {}, "b": {}}}, ["a"],
+                         ["b"]),
+        "anyOf": ({"properties": {"a": {"anyOf": [MARK, {}]}, "b": {}}}, ["a"], ["b"]),
+        "oneOf around": ({"oneOf": [{"properties": {"a": MARK}}, {"required": ["b"]}]}, ["a"], ["b"]),
+        "then": ({"if": {}, "then": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
+        "else": ({"if": {}, "else": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
+        "if": ({"if": {"properties": {"a": MARK, "b": {}}}}, ["a"], ["b"]),
+        "not": ({"properties": {"a": {"not": MARK}, "b": {"not": {"type": "null"}}}}, ["a"], ["b"]),
+        "dependentSchemas": ({"dependentSchemas": {"c": {"properties": {"a": MARK, "b": {}}}}}, ["a"], ["b"]),
+        "patternProperties": ({"properties": {"home_phone": {}, "room": {}},
+                               "patternProperties": {"phone$": MARK}},
+                              ["home_phone"], ["room"]),
+        "a pattern not tried on long names": (
+            {"properties": {"a" * 200 + "c": {}, "b": {}}, "patternProperties": {"^(a+)+$": MARK}},
+            ["a" * 200 + "c"], ["b"]),
+        "additionalProperties": ({"required": ["a"], "properties": {"b": {}}, "additionalProperties": MARK},
+                                 ["a"], ["b"]),
+        "unevaluatedProperties": ({"required": ["a"], "properties": {"b": {}}, "unevaluatedProperties": MARK},
+                                  ["a"], ["b"]),
+        "propertyNames": ({"properties": {"a": {"properties": {"b": {}}, "propertyNames": MARK}, "b": {}}},
+                          ["a", "b"], ["b"]),
+        "contentSchema": ({"properties": {"a": {"contentSchema": MARK}, "b": {"contentSchema": {}}}}, ["a"],
+                          ["b"]),
+        "no name in the schema": ({"properties": {"a": {}}}, ["b"], ["a"]),
+        "a name that only a pattern allows": (
+            {"properties": {"a": {}}, "patternProperties": {"^b$": {}}}, ["b"], ["a"]),
+        "a name that is allowed like any other": ({"properties": {"a": {}}, "additionalProperties": {}},
+                                                  ["b"], ["a"]),
+        "a name known elsewhere": ({"properties": {"a": {"properties": {"b": {}}}}}, ["b"], ["a", "b"]),
+        "nothing said of what is below": ({"properties": {"a": {"type": "object"}}}, ["a", "b"], ["a"]),
+        "nothing said of items": ({"properties": {"a": {"type": "array"}}}, ["a", 0], ["a"]),
+        "a column of the table": ({"properties": {"appointment_id": MARK}}, ["appointment_id"],
+                                  ["event_type"]),
+        "a column that the schema does not name": ({}, ["patient_id"], ["appointment_id"]),
+        "beneath a column": ({}, ["timestamp", "a"], ["timestamp"]),
+        "beneath one that is always personal": ({"properties": {"notes": {"items": {}}, "a": {"items": {}}}},
+                                                ["notes", 0], ["a", 0]),
+        "what must not be unmarked": ({"properties": {"patient_id": {"x-pii": False}, "a": {"x-pii": False}}},
+                                      ["patient_id"], ["a"]),
+        "nor notes": ({"properties": {"notes": {"x-pii": False}, "a": {"x-pii": False}}}, ["notes"], ["a"]),
+    }
+
+    def test_a_mark_reaches_what_it_stands_at_and_all_beneath_and_nothing_beside(self):
+        for name, (schema, personal, other) in self.MARKED.items():
+            with self.subTest(name):
+                contract = Contract(schema)
+                self.assertEqual((contract.is_personal(personal), contract.is_personal(other)), (True, False))
+        self.assertEqual([Contract(schema).is_personal(path) for schema, path in (
+            ({}, []), (self.MARK, ["event_type"]), (True, ["event_type"]), (True, ["room"]))],
+            [True, True, False, True])
+
+    def test_a_mark_changes_nothing_of_what_is_valid_nor_how_fast_it_is_told(self):
+        marked = self.with_property("appointment_id", **self.MARK)
+        self.assertTrue(marked.schema.accepts(event(notes=None)))
+        self.assertEqual(self.problems(event(appointment_id=""), marked),
+                         self.problems(event(appointment_id="")))
+
+    def test_the_columns_that_are_personal_are_two_and_those_that_are_marked(self):
+        for schema, more in ((receiver.EVENT_SCHEMA, set()), (True, set()), ({}, set()),
+                             ({"properties": {"patient_id": {"x-pii": False}, "notes": {"x-pii": False}}},
+                              set()),
+                             ({"properties": {"appointment_id": self.MARK, "room": self.MARK}},
+                              {"appointment_id"}),
+                             ({"patternProperties": {"_id$": self.MARK}}, {"appointment_id"}),
+                             ({"properties": {"event_type": {}, "timestamp": {}},
+                               "additionalProperties": self.MARK},
+                              {"appointment_id"}),
+                             (self.MARK, {"appointment_id", "event_type", "timestamp"})):
+            with self.subTest(schema):
+                self.assertEqual(Contract(schema).personal_fields, {"patient_id", "notes"} | more)
+
+    def test_both_schemas_of_ours_mark_the_two(self):
+        for schema in (receiver.EVENT_SCHEMA, json.loads((HERE / "schema.json").read_text())):
+            self.assertEqual([name for name, one in schema["properties"].items() if one.get("x-pii")],
+                             ["patient_id", "notes"])
+
+    def test_a_mark_that_is_not_true_or_false_makes_no_schema_wherever_it_stands(self):
+        for wrong in ("true", "yes", 1, 0, None, [], {}):
+            for schema, place in (({"properties": {"a": {"x-pii": wrong}}}, "/properties/a/x-pii"),
+                                  ({"x-pii": wrong}, "/x-pii"),
+                                  ({"$defs": {"unused": {"items": {"x-pii": wrong}}}},
+                                   "/$defs/unused/items/x-pii")):
+                with self.subTest(schema), self.assertRaises(SchemaError) as caught:
+                    Contract(schema)
+                self.assertEqual(str(caught.exception), f"at {place}: x-pii must be true or false")
+
+    def test_a_mark_is_a_known_keyword_and_what_looks_like_one_is_noted(self):
+        for keyword in ("x-PII", "X-PII", "x-pi", "x-piii", "xpii", "x_pii", "pii"):
+            note, = Contract({"properties": {"a": {keyword: True}}}).schema.notes
+            self.assertEqual(note, f"the unknown keyword {keyword} at /properties/a is ignored; "
+                                   "did you mean x-pii?")
+        for keyword in ("x-pii", "x-nullable", "x-title", "x-order", "x-id"):
+            self.assertEqual(Contract({"properties": {"a": {keyword: True}}}).schema.notes, [])
 
 
 # =============================================================================
@@ -4239,7 +4380,7 @@ class RedactionTest(unittest.TestCase):
 
     def logged(self, mode, value, contract=CONTRACT):
         """What the log says of a JSON value, or of bytes that are none, as the receiver has it said."""
-        redactor = Redactor(mode)
+        redactor = Redactor(mode, contract.personal_fields)
         if isinstance(value, bytes):
             return redactor.unreadable(value)
         value, text = parse_json(json.dumps(value, ensure_ascii=False).encode())
@@ -4330,6 +4471,24 @@ class RedactionTest(unittest.TestCase):
                 self.assertEqual(self.MARK in text, False)
                 masked = name == "timestamp" or not isinstance(value, str)
                 self.assertEqual(text == f'{{"{name}": "***"}}', masked)
+
+    def test_what_the_schema_marks_is_masked_beside_what_is_always_masked(self):
+        whole = {"event_type": '"scheduled"', "appointment_id": '"APT-1"', "patient_id": '"***"',
+                 "timestamp": '"2025-01-10T14:00:00Z"', "notes": '"***"'}
+        for name in ("event_type", "appointment_id", "timestamp"):
+            marked = EventTest.with_property(name, **{"x-pii": True})
+            for members, more in (({}, ""), ({"patient_id": "", "b": 1}, " +1")):
+                with self.subTest(name, refused=bool(more)):
+                    shown = {**whole, name: '"***"'}
+                    parts = [f'"{name}": {value}' for name, value in shown.items()]
+                    self.assertEqual(self.logged("redacted", event(notes="n", **members), marked),
+                                     "{" + ", ".join(parts) + "}" + more)
+        marked = EventTest.with_property("appointment_id", **{"x-pii": True})
+        self.assertEqual(self.logged("redacted", event(), marked),
+                         '{"event_type": "scheduled", "appointment_id": "***", "patient_id": "***", '
+                         '"timestamp": "2025-01-10T14:00:00Z"}')
+        self.assertIn("APT-1", self.logged("full", event(), marked))
+        self.assertEqual(self.logged("none", event(), marked), "")
 
     def test_full_shows_the_payload_as_it_came_and_none_nothing_of_it(self):
         text = '{"event_type":\t"scheduled",\r\n"more": 1.50, "notes": "\u00e9 \U0001f600 \x7f \\n"}'
@@ -5945,7 +6104,8 @@ class SignatureTest(unittest.TestCase):
                 ({"secrets": []}, "/secrets", "Field 'secrets' must not be empty"),
                 ({"secrets": "x"}, "/secrets", "Field 'secrets' must be of type array"),
                 ({"secrets": ["x", ""]}, "/secrets/1", "Field 'secrets[1]' must not be empty"),
-                ({"secrets": ["x"] * 101}, "/secrets", "Field 'secrets' must have at most 100 items"),
+                ({"secrets": [str(number) for number in range(101)]}, "/secrets",
+                 "Field 'secrets' must have at most 100 items"),
                 ({"secret": "x"}, "/secret", "Field 'secret' is not a known field"),
                 ({"profile": "gitlab"}, "/profile", "Field 'profile' must be one of: standard, github, websub, stripe, "
                                                     "zocdoc, acuity, calcom"),
@@ -6218,6 +6378,40 @@ class ClientsTest(FolderTest):
             self.assertNotIn("\n", text)
         self.assertEqual([client.name for client in self.read({"clients": [good, other]})], ["sender", "other"])
 
+    def test_what_is_wrong_with_a_signature_is_named_with_its_place_and_without_a_secret(self):
+        whsec = "whsec_" + base64_of(b"k" * 24)
+
+        def signer(name, *secrets, **settings):
+            return {"name": name, "roles": ["sender"],
+                    "signature": {"profile": "standard", **settings, "secrets": list(secrets)}}
+        many = [f"secret{number}" for number in range(101)]
+        for entries, place, expected in (
+                ([signer("a", whsec), signer("b", whsec)], "/clients/1", "has the secret of /clients/0"),
+                ([signer("a", whsec), signer("b", whsec[6:])], "/clients/1", "has the secret of /clients/0"),
+                ([signer("a", whsec), signer("b", "k" * 24, profile="github")], "/clients/1",
+                 "has the secret of /clients/0"),
+                ([signer("a", "x1x1", whsec, whsec)], "/clients/0/signature/secrets", "twice"),
+                ([signer("a", *many, profile="github")], "/clients/0/signature/secrets", "100"),
+                ([signer("a", *many[:60], profile="github"), signer("b", *many[60:], profile="github")],
+                 "/clients/1/signature/secrets", "more than 100 secrets in all"),
+                ([signer("a", "no base64!")], "/clients/0/signature/secrets/0", "base64"),
+                ([signer("a")], "/clients/0/signature/secrets", "empty"),
+                ([signer("a", whsec, profile="githup")], "/clients/0/signature/profile", "github"),
+                ([signer("a", whsec, tolerence=5)], "/clients/0/signature/tolerence", "not a known field"),
+                ([signer("a", whsec, profile="github", tolerance=5)], "/clients/0/signature/tolerance",
+                 "has no use"),
+                ([signer("a", whsec, template="{timestamp}")], "/clients/0/signature/template", "{body}")):
+            with self.subTest(entries=entries), self.assertRaises(SetupError) as raised:
+                self.read({"clients": entries})
+            text = str(raised.exception)
+            self.assertTrue(text.startswith(f"clients {self.folder / 'clients.json'}: {place}: "), text)
+            self.assertIn(expected, text)
+            for secret in (whsec[6:], "x1x1", "no base64!", "secret1"):
+                self.assertNotIn(secret, text)
+        fine = [signer("a", *many[:60], profile="github"), signer("b", *many[60:100], profile="calcom"),
+                key_entry("sender")]
+        self.assertEqual(len(self.read({"clients": fine})), 3)
+
     def test_a_file_that_cannot_be_read_keeps_it_from_starting(self):
         (self.folder / "cut").write_bytes(b"\xff")
         for path, expected in ((self.folder, "folder"), (self.folder / "none", "No such file"),
@@ -6270,14 +6464,18 @@ class KeygenTest(FolderTest):
             self.assertEqual((code, out, err.count("\n")), (2, "", 1), arguments)
 
 
-class AccessTest(HTTPTest):
-    """Who may do what."""
+class ClientsServerTest(HTTPTest):
+    """A test of a server with a clients file."""
 
     def start_with(self, *entries, **settings):
         path = self.folder / "clients.json"
         path.write_text(json.dumps({"clients": list(entries)}))
         path.chmod(0o600)
         return self.start(clients=str(path), **settings)
+
+
+class AccessTest(ClientsServerTest):
+    """Who may do what."""
 
     def start_roles(self, **settings):
         entries = [key_entry(name) for name in receiver.ROLES]
@@ -6439,6 +6637,240 @@ class AccessTest(HTTPTest):
         self.assertTrue(server.reload())
         connection.sendall(request)
         self.assertIn(b" 401 ", connection.recv(65536))
+
+
+class SignedEventTest(ClientsServerTest):
+    """Who signs is known by it: over the body that came, now, and for posting only."""
+
+    KEY, OTHER = b"k" * 24, b"o" * 24
+
+    def entry(self, name="north", key=KEY, sender="standard", **members):
+        """An entry of the clients file for a client that signs."""
+        settings, secret_of, _ = SENDERS[sender]
+        return {"name": name, "roles": ["sender"], "signature": {**settings, "secrets": [secret_of(key)]},
+                **members}
+
+    def signed(self, body=None, key=KEY, sender="standard", late=0, **changed):
+        """The bytes of a POST that was signed `late` seconds ago; fields `changed`, or left out with None."""
+        body = json.dumps(event() if body is None else body).encode()
+        fields = SENDERS[sender][2](key, body, int(time.time()) - late)
+        fields.update((name.replace("_", "-"), value) for name, value in changed.items())
+        return post_bytes(body, *[f"{name}: {value}" for name, value in fields.items() if value is not None])
+
+    def through(self, server, data):
+        """[status] of a request that comes each way: alone, read by the poller, in pieces, chunked."""
+        whole = self.talk_statuses(server, data)
+        kept, (head, _, body) = self.connect(server), data.partition(b"\r\n\r\n")
+        kept.sendall(head_bytes(first="GET /health/live HTTP/1.1"))
+        self.read_answer(kept)
+        kept.sendall(data)
+        whole.append(self.read_answer(kept).status)
+        connection = self.connect(server)
+        connection.sendall(head + b"\r\n\r\n" + body[:9])
+        until(lambda: [one for one in server._server.open_connections if one.phase == receiver.Phase.BODY] or
+              select.select([connection], [], [], 0)[0], "the first piece")
+        connection.sendall(body[9:])
+        whole.append(self.read_answer(connection).status)
+        for one in (kept, connection):
+            one.close()
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        pieces = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut(body, 5, 20) if piece)
+        return whole + self.talk_statuses(server, head + b"\r\n\r\n" + pieces + b"0\r\n\r\n")
+
+    def assert_stored(self, *clients):
+        self.assertEqual(rows(self.database,
+                              "SELECT client FROM appointment_events ORDER BY id"),
+                         clients[0] if len(clients) == 1 else [(client,) for client in clients])
+
+    def test_a_signed_event_is_stored_under_the_name_of_its_client_whichever_way_it_comes(self):
+        server = self.start_with(self.entry(), key_entry("sender"))
+        self.assertEqual(self.through(server, self.signed()), [200, 409, 409, 409])
+        kept = self.connect(server)
+        for number in range(3):                         # the second and third are read by the poller
+            kept.sendall(self.signed(event(appointment_id=str(number))))
+            self.assertEqual(self.read_answer(kept).status, 200)
+        self.assert_stored(*["north"] * 4)
+        self.assertIn("client=north address=127.0.0.1 payload=", self.log_text(server))
+
+    def test_every_senders_way_to_sign_is_taken_and_no_other_body_under_it(self):
+        for name in SENDERS:
+            with self.subTest(name):
+                file = name.replace(" ", "-")
+                server = self.start_with(self.entry(sender=name), database=str(self.folder / f"{file}.db"),
+                                         log_file=str(self.folder / f"{file}.log"))
+                data = self.signed(sender=name)
+                self.assertEqual(self.talk_statuses(server, data.replace(b"PAT-1", b"PAT-2")), [401])
+                self.assertEqual(self.talk_statuses(server, data), [200])
+
+    def test_what_is_forged_old_or_broken_is_a_401_each_way_and_nothing_is_stored(self):
+        server = self.start_with(self.entry(), self.entry("zocdoc", self.OTHER, "zocdoc"),
+                                 key_entry("sender"))
+        good = self.signed()
+        signature, = re.findall(rb"webhook-signature: (.*)\r\n", good)
+        twice = good.replace(b"webhook-signature", b"webhook-signature: %b\r\nwebhook-signature" % signature)
+        cases = {"another secret": self.signed(key=b"x" * 24),
+                 "the secret of another": self.signed(key=self.OTHER),
+                 "another body": good.replace(b"PAT-1", b"PAT-2"), 
+                 "replayed later": self.signed(late=301), "from the future": self.signed(late=-310),
+                 "an old one with a new time": self.signed(late=1000, webhook_timestamp=int(time.time())),
+                 "another id": self.signed(webhook_id="msg_2"), "no id": self.signed(webhook_id=None),
+                 "no time": self.signed(webhook_timestamp=None),
+                 "no number": self.signed(webhook_timestamp="now"),
+                 "milliseconds": self.signed(webhook_timestamp=int(time.time() * 1000)),
+                 "an endless number": self.signed(webhook_timestamp="9" * 1000),
+                 "no signature": self.signed(webhook_signature=None),
+                 "an empty one": self.signed(webhook_signature=""),
+                 "a header twice": twice,
+                 "a header twice, one of them garbage": twice.replace(signature, b"x", 1),
+                 "another version": good.replace(b"v1,", b"v1a,"),
+                 "in hex": self.signed(webhook_signature="v1," + "0" * 64),
+                 "garbage": self.signed(webhook_signature="\xff\xfe,=;v1,\t" * 50),
+                 "sixteen thousand": self.signed(webhook_signature="v1, " * 2000),
+                 "a time of two": self.signed(webhook_timestamp="1, 2")}
+        for what, data in cases.items():
+            with self.subTest(what):
+                server._endpoints.rules.access._strikes = receiver.PerAddress(receiver.Strikes)
+                self.assertEqual(self.through(server, data), [401] * 4)
+        self.assertEqual(rows(self.database), 0)
+        self.assertEqual(self.through(server, good), [200, 409, 409, 409])
+        log = self.log_text(server)
+        for note in ("no signature fits", "the timestamp is 30[0-9] s old", "the timestamp cannot be read",
+                     "no credentials", "webhook-id is missing", "webhook-timestamp is missing",
+                     "the signature header cannot be read"):
+            self.assertTrue(re.search(f"WARNING - .* 401 {note} ", log), note)
+        for secret in (*map(base64_of, (self.KEY, self.OTHER)), signature.decode(), "msg_"):
+            self.assertNotIn(secret, log)
+
+    def test_a_signature_is_good_for_posting_only(self):
+        server = self.start_with(self.entry(roles=["admin"]))
+        empty = SENDERS["standard"][2](self.KEY, b"", int(time.time()))
+        for method, path in (("GET", PATH), ("GET", PATH + "/1"), ("HEAD", PATH)):
+            self.assertEqual(self.call(server, method, path, **empty).status, 401)
+        self.assertEqual(self.call(server, path="/health", **empty).json, {"status": "ok"})
+        self.assertEqual(self.call(server, "POST", PATH, b"", **empty).status, 400)
+        body = json.dumps(event()).encode()
+        signed = SENDERS["standard"][2](self.KEY, body, int(time.time()))
+        self.assertEqual(self.call(server, "GET", PATH, body, **signed).status, 401)
+        self.assertEqual(self.call(server, "POST", PATH, body, **signed).status, 200)
+
+    def test_of_several_that_could_be_meant_the_one_whose_secret_fits_is_the_sender(self):
+        server = self.start_with(*[self.entry(f"clinic-{number}", b"%024d" % number) for number in range(5)],
+                                 self.entry("zocdoc", self.OTHER, "zocdoc"))
+        for number in range(5):
+            data = self.signed(event(appointment_id=str(number)), b"%024d" % number)
+            self.assertEqual(self.talk_statuses(server, data), [200])
+        self.assertEqual(self.talk_statuses(server, self.signed(key=self.OTHER, sender="zocdoc")), [200])
+        self.assert_stored("clinic-0", "clinic-1", "clinic-2", "clinic-3", "clinic-4", "zocdoc")
+
+    def test_each_secret_of_a_rotation_counts_until_it_is_taken_out(self):
+        entry = self.entry()
+        entry["signature"]["secrets"].append("whsec_" + base64_of(self.OTHER))
+        server = self.start_with(entry)
+        for key, status in ((self.KEY, 200), (self.OTHER, 409)):
+            self.assertEqual(self.talk_statuses(server, self.signed(key=key)), [status])
+        del entry["signature"]["secrets"][0]
+        (self.folder / "clients.json").write_text(json.dumps({"clients": [entry]}))
+        self.assertTrue(server.reload())
+        for key, status in ((self.KEY, 401), (self.OTHER, 409)):
+            self.assertEqual(self.talk_statuses(server, self.signed(key=key)), [status])
+
+    def test_a_retry_with_its_old_id_is_an_ordinary_retry(self):
+        for duplicates, status in (("conflict", 409), ("ok", 200)):
+            with self.subTest(duplicates):
+                server = self.start_with(self.entry(), duplicates=duplicates,
+                                         database=str(self.folder / f"{duplicates}.db"))
+                self.assertEqual(self.talk_statuses(server, self.signed(late=200)), [200])
+                retry, = self.talk(server, self.signed())
+                self.assertEqual((retry.status, retry.json["event_id"]), (status, 1))
+                other, = self.talk(server, self.signed(event(notes="other")))
+                self.assertEqual((other.status, other.json["identical"]), (409, False))
+
+    def test_who_signs_is_held_to_role_network_and_rate_and_may_be_disabled(self):
+        for members, found in (({"roles": ["reader"]}, [403, 403]), ({"disabled": True}, [403, 403]),
+                               ({"allow_from": ["203.0.113.0/24"]}, [403, 403]),
+                               ({"roles": ["admin"]}, [200, 409]),
+                               ({"rate": 0.001, "burst": 1}, [200, 429])):
+            with self.subTest(members):
+                file = str(self.folder / f"{len(os.listdir(self.folder))}.db")
+                server = self.start_with(self.entry(**members), database=file)
+                self.assertEqual([self.talk_statuses(server, self.signed())[0] for _ in range(2)], found)
+
+    def test_where_all_is_required_key_and_signature_each_alone_are_refused(self):
+        entry = self.entry("both", require="all", key_sha256=key_entry("both")["key_sha256"])
+        server = self.start_with(entry, key_entry("sender"), self.entry("zocdoc", self.OTHER, "zocdoc"))
+        both, alone = self.signed(x_api_key=KEYS["both"]), self.signed()
+        wrong = {"the key alone": post_bytes(event(), "X-API-Key: " + KEYS["both"]),
+                 "the signature alone": alone,
+                 "another's key": self.signed(x_api_key=KEYS["none"]),
+                 "a key and another's signature": self.signed(key=b"x" * 24, x_api_key=KEYS["both"]),
+                 "a key and an old signature": self.signed(late=400, x_api_key=KEYS["both"])}
+        for what, data in wrong.items():
+            with self.subTest(what):
+                self.assertEqual(self.through(server, data), [401] * 4)
+        self.assertEqual(self.through(server, both), [200, 409, 409, 409])
+        self.assertEqual(self.talk_statuses(server, self.signed(event(appointment_id="2"),
+                                                                x_api_key=KEYS["sender"])), [200])
+        self.assertEqual(self.talk_statuses(server, self.signed(
+            event(appointment_id="3"), self.OTHER, "zocdoc", x_api_key=KEYS["both"])), [200])
+        self.assert_stored("both", "sender", "zocdoc")      # of two, the one that has shown all that it needs
+
+    def test_after_twenty_wrong_signatures_in_a_minute_it_is_429_and_right_ones_still_pass(self):
+        server = self.start_with(self.entry(), key_entry("sender"))
+        wrong = b"".join(self.signed(key=b"%024d" % number) for number in range(200))
+        self.assertEqual(Counter(self.talk_statuses(server, wrong)),
+                         {401: receiver.REFUSALS, 429: 200 - receiver.REFUSALS})
+        self.assertEqual(self.through(server, self.signed(key=b"x" * 24)), [429] * 4)
+        self.assertEqual(self.through(server, self.signed()), [200, 409, 409, 409])
+        self.assertEqual(self.through(server, post_bytes(event(), "X-API-Key: " + KEYS["sender"])), [409] * 4)
+        self.assertEqual(self.through(server, post_bytes(event())), [401] * 4)
+
+    def test_a_stranger_is_refused_before_a_body_is_read_or_asked_for(self):
+        server = self.start_with(self.entry(), key_entry("sender"), key_entry("reader"), body_timeout=2)
+        first, key = f"POST {PATH} HTTP/1.1", "X-API-Key: " + KEYS["sender"]
+        for credentials, status in ((["X: y"], 401), (["X-API-Key: " + KEYS["none"]], 401),
+                                    (["Authorization: Bearer x"], 401),
+                                    (["X-API-Key: " + KEYS["reader"]], 403)):
+            for lines in (["Content-Length: 50000"], ["Transfer-Encoding: chunked"],
+                          ["Content-Length: 50000", "Expect: 100-continue"],
+                          ["Content-Length: 10", "Expect: 100-continue"],
+                          ["Transfer-Encoding: chunked", "Expect: 100-continue"]):
+                with self.subTest(credentials, lines=lines):
+                    connection = self.connect(server)
+                    connection.sendall(head_bytes(*lines, *credentials, first=first))   # and no body
+                    answer, = answers_in(read_all(connection))
+                    self.assertEqual((self.proper(answer).status, answer.headers["connection"]),
+                                     (status, "close"))
+        fields = SENDERS["standard"][2](self.KEY, BODY, int(time.time()))
+        for lines in ([key], [f"{name}: {value}" for name, value in fields.items()]):
+            connection = self.connect(server)
+            connection.sendall(head_bytes(f"Content-Length: {len(BODY)}", "Expect: 100-continue", *lines,
+                                          first=first))
+            self.assertEqual(connection.recv(65536), b"HTTP/1.1 100 Continue\r\n\r\n")
+            connection.sendall(BODY)
+            self.assertIn(self.read_answer(connection).status, (200, 409))
+
+    def test_large_bodies_of_strangers_take_no_place_from_others(self):
+        server = self.start_with(key_entry("sender"))
+        body, key = event(notes="n" * 200000), "X-API-Key: " + KEYS["sender"]
+        chunked = head_bytes("Transfer-Encoding: chunked",
+                             first=f"POST {PATH} HTTP/1.1") + b"fa00\r\n" + b" " * 60000
+        server._server.large = receiver.Budget(0)
+        for data in (post_bytes(body), post_bytes(body)[:20000], post_bytes(body, "X-API-Key: x"), chunked):
+            self.assertEqual(self.talk_statuses(server, data), [401])
+        self.assertEqual(self.talk_statuses(server, post_bytes(body, key)[:-1]), [503])
+        server._server.large = receiver.Budget(1000000)
+        self.assertEqual(self.talk_statuses(server, post_bytes(body, key)), [200])
+
+    def test_ten_thousand_wrong_keys_and_signatures_are_not_kept(self):
+        server = self.start_with(self.entry(), key_entry("sender"))
+        for part in range(5):
+            data = b"".join(self.signed(webhook_id=f"{part}-{number}",
+                                        x_api_key=f"{part}-{number}") for number in range(500))
+            self.assertLessEqual(set(statuses(self.exchange(server, data))), {401, 429, 200, 409})
+            rules = server._endpoints.rules
+            self.assertLessEqual(len(rules._kept), receiver.HEADS_KEPT)
+            self.assertLessEqual(len(rules._met), 4 * receiver.HEADS_KEPT + 1)
+            self.assertLessEqual(len(rules.access._strikes._kept), 1)
 
 
 class TenantTest(HTTPTest):
@@ -8861,6 +9293,241 @@ class PrivacyTest(HTTPTest):
                            "timestamp": "2025-01-10T14:00:00Z"}])
 
 
+class LeakTest(HTTPTest):
+    """Every place of a request has a mark of its own, to be looked for in all that the service says."""
+
+    VISIT = {"type": "object", "unevaluatedProperties": False, "properties": {
+        "room": {"type": "string", "pattern": "^[A-Z]-[0-9]+$"},
+        "doctor": {"type": "string", "maxLength": 3, "x-pii": True},
+        "codes": {"type": "array", "items": {"type": "integer", "maximum": 99}},
+        "kind": {"enum": ["first", "later"]},
+        "tags": {"type": "object", "propertyNames": {"maxLength": 2}},
+        "scores": {"type": "object", "patternProperties": {"^Mk": {"type": "integer", "maximum": 99}}},
+        "parts": {"type": "array", "prefixItems": [{"required": ["id"], "additionalProperties": False,
+                                                    "properties": {"id": {"format": "uuid"}}}]}}}
+    PROPERTIES = {**receiver.EVENT_SCHEMA["properties"], "visit": VISIT,
+                  "closed": {"type": "object", "additionalProperties": False}}
+    # One whose ids and times are a person's, too, and one in which they are not
+    OPEN = {**receiver.EVENT_SCHEMA, "properties": PROPERTIES, "dependentRequired": {"closed": ["visit"]}}
+    MARKED = {**OPEN, "allOf": [{"properties": {"appointment_id": {"x-pii": True},
+                                                "timestamp": {"x-pii": True}}}]}
+
+    def setUp(self):
+        super().setUp()
+        self.planted = {}               # mark: (where it stands, whether it is a name)
+        self.numbers = itertools.count(1)
+
+    def value(self, where):
+        return self.plant(f"Mk{next(self.numbers):05}q", where, False)
+
+    def name(self, where):
+        return self.plant(f"Mk{next(self.numbers):05}q", where, True)
+
+    def number(self, where):
+        return int(self.plant(f"90210{next(self.numbers):05}", where, False))
+
+    def time(self, where):
+        return self.plant(f"{2100 + next(self.numbers)}-05-06T07:08:09Z", where, False)
+
+    def plant(self, mark, where, is_name):
+        self.planted[mark] = where, is_name
+        return mark
+
+    def wrong_values(self, where):
+        """Values of each type, most of which no member takes."""
+        yield self.value(where)
+        yield self.value(where) * 100
+        yield self.value(where) + "\r\n\x1b[31m\u2028"
+        yield self.number(where)
+        yield self.number(where) + 0.5
+        yield [self.value(where), [self.number(where)]]
+        yield {self.name(where): self.value(where), "a": {self.name(where): [{self.name(where): True}]}}
+
+    def bodies(self, is_marked):
+        """Bodies full of marks. Valid ids and times, which are shown where nothing marks them, are none then."""
+        for member in (*receiver.REQUIRED_FIELDS, "notes", "visit", "closed"):
+            for wrong in self.wrong_values(member):
+                if member == "appointment_id" and isinstance(wrong, str) and not is_marked:
+                    wrong = wrong * 40                                      # longer than 255
+                yield event(**{"appointment_id": "Shown-1", "notes": self.value("notes"), member: wrong})
+        for member in (*self.VISIT["properties"], self.name("an unknown member of a closed one")):
+            for wrong in self.wrong_values("visit/" + member):
+                yield event(visit={member: wrong, "doctor": self.value("a marked one, too long")})
+        yield event(closed={self.name("a closed one"): self.value("its value")},
+                    patient_id=self.value("beside it"))
+        yield event(visit={"parts": [{self.name("in an item"): self.value("its value")}]})
+        yield event(visit={"tags": {self.name("too long a name"): 1}})
+        yield event(visit={"scores": {self.name("a name by pattern"): self.number("its value")}})
+        yield event(**{self.name("at the top, refused"): self.value("its value"), "patient_id": ""})
+        yield event(**{self.name("like a pointer") + "/0/~1": self.value("its value"), "timestamp": 1})
+        yield {self.name("alone"): self.value("its value")}
+        yield [self.value("in a list"), event(notes=self.value("in an event in a list"))]
+        yield self.value("a text alone")
+        for last in ("first", "other", "third"):        # stored, and conflicts of other content
+            yield event(appointment_id="Shown-2", patient_id=self.value(last), notes=self.value(last),
+                        **{self.name(last): {self.name(last): [self.value(last), self.number(last)]}})
+        yield event(appointment_id="Shown-3", visit={"doctor": "Dr.",
+                                                     "room": "A-" + str(self.number("a good one"))})
+        if is_marked:
+            for _ in range(2):
+                yield event(appointment_id=self.value("a marked id"), timestamp=self.time("a marked time"))
+                yield event(appointment_id=self.value("a marked id"), timestamp=self.time("a marked time"),
+                            notes=5)
+
+    def broken_bodies(self):
+        """Bytes that are no JSON, or too much of it."""
+        for text in ('{"%s": ', '{"%s" "%s"}', '{"a": "%s', '["%s", tru%s]', "%s", '{"%s": NaN}',
+                     '{"%s": 1e999}',
+                     '{"a": "%s\\u0000"}', '{"%s": "\\ud800"}', '{"a": "\\%s"}', '{"a": "%s"} %s', '{%s: 1}',
+                     "\ufeff%s",
+                     "[" * 65 + '"%s"', '{"a": [' + "{}," * 10001 + '"%s"]}', '{"a": "%s\n"}'):
+            yield (text % tuple(self.value("no JSON") for _ in range(text.count("%s")))).encode()
+        mark = self.name("a name that comes twice")
+        yield json.dumps({mark: 1, "x": 2}).replace('"x"', f'"{mark}"').encode()
+        yield b'{"a": "' + self.value("before what is no UTF-8").encode() + b'\xff"}'
+        yield json.dumps(self.value("UTF-16")).encode("utf-16")
+
+    def heads(self):
+        """Bytes of requests with marks in their heads."""
+        for first in ("{n} /health HTTP/1.1", "GET /{v} HTTP/1.1", f"GET {PATH}/{{v}} HTTP/1.1",
+                      "GET {v} HTTP/1.1",
+                      f"GET {PATH}/%2e%2e/{{v}} HTTP/1.1", f"GET {PATH};{{v}} HTTP/1.1",
+                      "GET /health?{n}={v} HTTP/1.1",
+                      f"GET {PATH}?{{n}}={{v}} HTTP/1.1", f"GET {PATH}?{{n}} HTTP/1.1",
+                      f"GET {PATH}?patient_id={{v}} HTTP/1.1",
+                      f"GET {PATH}?patient_id={{v}}&patient_id={{v}} HTTP/1.1",
+                      f"GET {PATH}?since={{v}} HTTP/1.1",
+                      f"GET {PATH}?until={{v}} HTTP/1.1", f"GET {PATH}?limit={{v}} HTTP/1.1",
+                      f"GET {PATH}?after={{v}} HTTP/1.1", f"GET {PATH}?event_type={{v}} HTTP/1.1",
+                      f"GET {PATH}?appointment_id={{v}}%00 HTTP/1.1",
+                      f"GET {PATH}?patient_id={{v}}%ff HTTP/1.1",
+                      f"POST {PATH}?{{n}}={{v}} HTTP/1.1", f"PUT {PATH}?{{n}}={{v}} HTTP/1.1",
+                      "OPTIONS /{v}?{n} HTTP/1.1", "GET /health HTTP/{v}", "GET /health {v} HTTP/1.1",
+                      "GET http://{n}/health HTTP/1.1", "GET http://user:{v}@localhost/health HTTP/1.1",
+                      "CONNECT {v}:443 HTTP/1.1", "GET /health#{v} HTTP/1.1", "GET /health%{v} HTTP/1.1"):
+            first = re.sub("{v}", lambda _: self.value(first), first)
+            yield head_bytes("Content-Length: 0", first=re.sub("{n}", lambda _: self.name(first), first))
+        for name in ("Accept", "Accept-Encoding", "Authorization", "Connection", "Content-Encoding",
+                     "Content-Length",
+                     "Content-Type", "Cookie", "Expect", "Forwarded", "From", "If-None-Match", "Origin",
+                     "Range", "Referer",
+                     "Sec-Fetch-Site", "Svix-Signature", "Traceparent", "Transfer-Encoding", "Upgrade",
+                     "User-Agent", "Via",
+                     "Webhook-Id", "Webhook-Signature", "X-API-Key", "X-Forwarded-For", "X-Request-ID"):
+            for first in ("GET /health HTTP/1.1", f"GET {PATH}/1234 HTTP/1.1", f"POST {PATH} HTTP/1.1"):
+                yield head_bytes(f"{name}: {self.value(name)}", first=first)
+        yield head_bytes(host=f"Host: {self.name('Host')}.example")
+        yield head_bytes(host=f"Host: {self.value('a Host that is none')} {self.value('Host')}")
+        yield head_bytes(f"{self.name('a field')}: {self.value('its value')}")
+        yield head_bytes(f"{self.name('no field')}")
+        yield head_bytes(f" {self.value('a folded line')}")
+        chunked = head_bytes("Transfer-Encoding: chunked", first=f"POST {PATH} HTTP/1.1")
+        for body in ("5;{v}={v}\r\n[],{v}\r\n", "2\r\n[]\r\n0\r\n{n}: {v}\r\n\r\n", "{v}\r\n",
+                     "2\r\n[]\r\n0\r\n{v}\r\n\r\n"):
+            body = re.sub("{v}", lambda _: self.value("a chunk"), body)
+            yield chunked + re.sub("{n}", lambda _: self.name("a trailer"), body).encode()
+        yield self.value("no HTTP").encode() + b"\0\r\n\r\n"
+
+    def large_requests(self):
+        """Bytes of requests that are too large somewhere."""
+        mark = self.value("a body that is too large").encode()
+        yield post_bytes(b'{"notes": "' + mark * 10000 + b'"}')
+        yield head_bytes("Transfer-Encoding: chunked",
+                         first=f"POST {PATH} HTTP/1.1") + b"fffff\r\n" + mark * 10000
+        yield post_bytes(b'{"notes": "' + self.value("a large one that is cut").encode() * 2000 + b'"}')[:-1]
+        yield post_bytes(event(appointment_id="Shown-4",
+                               notes=self.value("a large one that is stored") * 2000))
+        yield head_bytes(first="GET /" + self.value("a request line") * 1000 + " HTTP/1.1")
+        yield head_bytes(f"X: {self.value('a header section') * 1500}" + "x" * 9000)
+        yield head_bytes(*[f"{self.name('one of many fields')}: 1" for _ in range(101)])
+
+    def find(self, text, names=False):
+        """What was planted and stands in a text; names only on demand."""
+        marks = set(re.findall("mk[0-9]{5}q|90210[0-9]{5}|[0-9]{4}-05-06t07:08:09z", text.lower()))
+        return [(mark, *place) for mark, place in self.planted.items()
+                if mark.lower() in marks and (names or not place[1])]
+
+    def attack(self, server, is_marked):
+        """Send it all: that no answer repeats a value, or a name of another request."""
+        kept = self.connect(server)
+        requests = [post_bytes(body) for body in self.bodies(is_marked)]
+        requests += map(post_bytes, self.broken_bodies())
+        for request in requests:                        # one connection: mostly read by the poller
+            known = set(self.planted)
+            kept.sendall(request)
+            self.look_at(self.read_answer(kept), request, known)
+        for request in itertools.chain(requests, self.heads(), self.large_requests()):
+            for answer in answers_in(self.exchange(server, request)):
+                self.look_at(self.proper(answer), request, known)
+
+    def look_at(self, answer, request, known):
+        self.assertNotEqual(answer.status, 500)
+        text = repr((answer.headers, answer.body.decode("latin-1")))
+        if answer.status == 200 and answer.body.startswith(b'{"events"'):
+            return                                      # what was asked for
+        self.assertEqual(self.find(text), [], request[:300])
+        for mark, where, _ in self.find(text, names=True):
+            self.assertIn(mark.encode(), request, where)
+
+    def test_what_is_planted_anywhere_is_found_nowhere_but_names_in_the_answer_to_who_sent_them(self):
+        for mode, (sink, is_marked) in itertools.product(("redacted", "none"), (
+                ("stderr", True), ("file", False), ("logger", True))):
+            with self.subTest(mode, sink=sink):
+                self.attack_and_search(mode, sink, is_marked)
+
+    def attack_and_search(self, mode, sink, is_marked):
+        name = f"{mode}-{sink}"
+        schema, logged, err = self.folder / f"{name}.json", io.StringIO(), io.StringIO()
+        schema.write_text(json.dumps(self.MARKED if is_marked else self.OPEN))
+        settings = {"schema": str(schema), "database": str(self.folder / f"{name}.db"), "max_body": 60000,
+                    "log_file": str(self.folder / f"{name}.log") * (sink == "file"), "log_payloads": mode,
+                    "log_level": "DEBUG"}
+        if sink == "logger":
+            settings["logger"] = logging.Logger(name)
+            settings["logger"].addHandler(logging.StreamHandler(logged))
+
+        def on_event(stored):
+            raise ValueError(stored.payload)
+        with contextlib.redirect_stderr(err):
+            server = self.start(on_event=on_event, **settings)
+            self.attack(server, is_marked)
+            health = self.call(server, path="/health")
+            bug = self.value("the text of an exception")
+            with mock.patch.object(receiver.Contract, "event", side_effect=ValueError(bug)):
+                self.assertEqual(self.find(self.post(server).body.decode(), names=True), [])
+            server.stop()
+        text = logged.getvalue() + err.getvalue()
+        if sink == "file":
+            self.assertEqual(text, "")
+            text = Path(settings["log_file"]).read_text()
+        self.assertEqual(self.find(text, names=True), [])
+        self.assertEqual(self.find(health.body.decode(), names=True), [])
+        # The neighbour: what may be shown is shown
+        self.assertIn("] POST /webhook/appointments 400 Field 'patient_id' must ", text)
+        self.assertIn("] POST /webhook/appointments 200 stored event_id=1 ", text)
+        self.assertEqual('"event_type": "scheduled"' in text, mode == "redacted")
+        self.assertEqual('"appointment_id": "Shown-2"' in text, mode == "redacted" and not is_marked)
+        self.assertEqual('"appointment_id": "***", "patient_id": "***", "timestamp": "***"' in text,
+                         mode == "redacted" and is_marked)
+
+    def test_marks_follow_a_reload(self):
+        schema = self.folder / "schema.json"
+        server = None
+        for number, (document, is_taken) in enumerate(((self.OPEN, True), (self.MARKED, True),
+                                                       (self.OPEN, True),
+                                                       ({**self.MARKED, "x-pii": "yes"}, False))):
+            schema.write_text(json.dumps(document))
+            if server is None:
+                server = self.start(schema=str(schema))
+            else:
+                self.assertEqual(server.reload(), is_taken)
+            for body in (event(appointment_id=f"Id-{number}"), event(appointment_id=f"Id-{number}", notes=5)):
+                self.assertEqual(self.post(server, body).status, 400 if "notes" in body else 200)
+        log = self.log_text(server)
+        self.assertEqual([log.count(f'"Id-{number}"') for number in range(4)], [2, 0, 2, 2])
+        self.assertIn("at /x-pii: x-pii must be true or false", log)
+
+
 class HostileTest(HTTPTest):
     """What attackers try on the wire."""
 
@@ -8956,6 +9623,159 @@ class HostileTest(HTTPTest):
             self.assertNotIn(503, found, data)
         self.assertEqual(self.call(server, path="/health").status, 200)
         self.assertEqual([line for line in self.log_text(server).splitlines() if " - ERROR - " in line], [])
+
+
+class InjectionTest(HTTPTest):
+    """What attackers hope that somebody executes: it is data, in and out."""
+
+    HOSTILE = ("' OR '1'='1", "'; DROP TABLE appointment_events; --", '" OR ""="',
+               "1; ATTACH DATABASE 'x.db' AS x; --",
+               "') UNION SELECT sql, 1, 1, 1, 1, 1, 1, 1, 1 FROM sqlite_master --", "%", "_%", "*", "[a-z]",
+               "\\'", "a\tb",
+               "<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "javascript:alert(1)",
+               "{{7*7}}", "${7*7}",
+               "${jndi:ldap://127.0.0.1:9/a}", "%s%n%x", "$(touch injected)", "`touch injected`",
+               "| touch injected",
+               "__import__('os').system('touch injected')", "../../etc/passwd", "file:///etc/passwd",
+               "a\r\nX-Injected: 1",
+               "=cmd|'/c calc'!A1", "\u202e\u2028\ufeff", "{\"$gt\": \"\"}")
+
+    def test_code_of_any_language_in_an_event_is_stored_read_back_and_found_by_filters_as_it_is(self):
+        server = self.start()
+        for text in self.HOSTILE:
+            with self.subTest(text):
+                sent = event(appointment_id=text, patient_id=text, notes=text, **{text: {text: [text]}})
+                event_id = self.post(server, sent).json["event_id"]
+                answer = self.call(server, path=f"{PATH}/{event_id}", Accept="text/html")
+                self.assertEqual(answer.headers["content-type"], "application/json")
+                self.assertEqual(answer.json["payload"], sent)
+                for name in ("appointment_id", "patient_id"):
+                    found = self.call(server, path=f"{PATH}?{urllib.parse.urlencode({name: text})}")
+                    self.assertEqual([one["id"] for one in found.json["events"]], [event_id])
+                retry = self.post(server, sent)
+                self.assertEqual((retry.status, retry.json["identical"]), (409, True))
+        self.assertEqual(rows(self.database, "SELECT patient_id FROM appointment_events ORDER BY id"),
+                         [(text,) for text in self.HOSTILE])
+        for name in ("event_type", "since", "until", "after", "limit"):
+            for text in self.HOSTILE:
+                answer = self.call(server, path=f"{PATH}?{urllib.parse.urlencode({name: text})}")
+                self.assertEqual((answer.status, text in answer.json["message"]), (400, False), (name, text))
+        self.assertEqual(sorted(path.name for path in self.folder.iterdir() if "inject" in path.name), [])
+        self.assertEqual([name for name in os.listdir() if name.startswith("injected")], [])
+
+    def test_operators_of_other_databases_are_no_values_and_no_filters(self):
+        server = self.start()
+        self.assertEqual(self.post(server).status, 200)
+        for operator in ("$ne", "$gt", "$regex", "$where", "$in", "__proto__", "constructor"):
+            for name in receiver.REQUIRED_FIELDS:
+                answer = self.post(server, event(**{name: {operator: ""}}))
+                self.assertEqual((answer.status, answer.json["errors"][0]["rule"]), (400, "type"))
+            for query in (f"patient_id[{operator}]=x", f"patient_id%5B{operator}%5D=x", f"{operator}=x",
+                          "patient_id[]=x",
+                          "patient_id=PAT-1&patient_id=PAT-2"):
+                self.assertEqual(self.call(server, path=f"{PATH}?{query}").status, 400, query)
+            found = self.call(server, path=f"{PATH}?patient_id={operator}")
+            self.assertEqual((found.status, found.json["events"]), (200, []))
+        self.assertEqual(self.post(server, event(appointment_id="A-2", __proto__={"admin": True})).status,
+                         200)
+
+    def test_no_spelling_of_a_line_end_in_a_field_makes_a_field_or_an_answer_more(self):
+        server = self.start(allowed_origin="https://desk.example", allowed_host="desk.example")
+        ends = ("\r", "\n", "\r\n ", "\n\t", "%0d%0a", "%0D%0A%20", "\\r\\n", "\x85", "\x0b", "\x0c", "\x00",
+                "\u560a\u560d",
+                "\u2028", "%E5%98%8A%E5%98%8D")
+        for name, good in (("Host", "desk.example"), ("Origin", "https://desk.example"),
+                           ("Accept", "text/csv"),
+                           ("X-Request-ID", "a"), ("Traceparent", "00-1"), ("Content-Type", "text/plain"),
+                           ("Access-Control-Request-Method", "POST"), ("Webhook-Id", "msg_1"),
+                           ("Connection", "close")):
+            for end, method in itertools.product(ends, ("GET", "OPTIONS")):
+                with self.subTest(name, end=end, method=method):
+                    line = f"{name}: {good}{end}X-Injected: 1{end}{end}HTTP/1.1 200 OK"
+                    host = "Host: desk.example" if name != "Host" else ""
+                    data = head_bytes(first=f"{method} {PATH} HTTP/1.1",
+                                      host=host)[:-2] + line.encode() + b"\r\n\r\n"
+                    answer, = self.talk(server, data, method)
+                    self.assertLess(answer.status, 500)
+                    self.assertNotIn("x-injected", answer.headers)
+                    self.assertNotIn("desk.example" + end, repr(answer.headers))
+        answer, = self.talk(server, head_bytes("Origin: https://desk.example", host="Host: desk.example"))
+        self.assertEqual((answer.status, answer.headers["access-control-allow-origin"]),
+                         (200, "https://desk.example"))
+
+    def test_no_spelling_of_a_path_leads_to_a_file_or_past_a_route(self):
+        server = self.start()
+        for path in ("/../schema.json", "/%2e%2e/schema.json", "/%2e%2e%2fschema.json", "/..%5cschema.json",
+                     "//schema.json",
+                     "/schema.json/", "/schema.json/..", "/schema.json%00", "/schema.json%00.html",
+                     "/./schema.json",
+                     "/schema.json;x=y", "/schema.json%20", "/schema.json.", "/SCHEMA.JSON",
+                     "/schema%252ejson", "/\\schema.json",
+                     "/..;/schema.json", "/webhook_server.py", "/events.db", "/%2fetc%2fpasswd",
+                     "//etc/passwd",
+                     "/etc/passwd", "/..%c0%af..%c0%afetc/passwd", "/%uff0e%uff0e/etc/passwd",
+                     "/....//etc/passwd",
+                     "///", "/%", "/%zz", "/\x7f", "/.git/config", PATH + "/1/../2", PATH + "/1%2f..%2f2",
+                     PATH + "%2f1",
+                     PATH + "//1", PATH + "/0x1", PATH + "/1%00", PATH + "/%2d1",
+                     PATH + "/99999999999999999999", "*",
+                     "http://localhost/../schema.json", "localhost/schema.json", "?/schema.json"):
+            with self.subTest(path):
+                answer, = self.talk(server, head_bytes(first=f"GET {path} HTTP/1.1"))
+                self.assertIn(answer.status, (400, 404))
+                self.assertEqual(set(answer.json), {"error", "message", "request_id"})
+        self.assertEqual(self.talk_statuses(server, head_bytes(first="GET /schema%2Ejson HTTP/1.1")), [200])
+
+
+class BombTest(HTTPTest):
+    """What is small to send and dear to read. A reader that is not made for it takes minutes, or dies."""
+
+    def bombs(self):
+        """{what: (bytes, the status that it gets)}"""
+        whole = json.dumps(event())[:-1].encode()
+        filled = MEGABYTE - 1000
+        # Their hashes are all 0: in a set of numbers each would be compared with each
+        collide = [number * (2 ** 61 - 1) for number in range(1, 30000)]
+        yield "deep lists", whole + b', "a": ' + b"[" * filled, 400
+        yield "deep objects", whole + b', "a": ' + b'{"a":' * (filled // 5), 400
+        yield "as deep as it may be", whole + b', "a": ' + b"[" * 63 + b"]" * 63 + b"}", 200
+        yield "many containers", whole + b', "a": [' + b"[]," * (filled // 3) + b"1]}", 400
+        yield "as many as there may be", whole + b', "a": [' + b"{}," * 9990 + b"1]}", 200
+        yield "a long number", whole + b', "a": ' + b"9" * filled + b"}", 400
+        yield "a long fraction", whole + b', "a": 0.' + b"1" * filled + b"}", 400
+        yield "a large exponent", whole + b', "a": 1e999999999}', 400
+        yield "many large numbers", whole + b', "a": [' + (b"9" * 100 + b",") * 9000 + b"1]}", 200
+        yield "a long string", whole + b', "notes": "' + b"\\\\" * (filled // 2) + b'"}', 200
+        yield "a long id", whole[:-1] + b', "appointment_id": "' + b"9" * filled + b'"}', 400
+        yield "a long name", whole + b', "' + b"a" * filled + b'": 1}', 200
+        yield "many members", whole + b"".join(b', "%x": 1' % number for number in range(70000)) + b"}", 200
+        yield "members that are all unknown", b"{" + b",".join(b'"a%x":1' % at for at in range(70000)) + b"}", 400
+        yield "one member again and again", whole + b', "a": 1' * (filled // 8) + b"}", 400
+        yield "numbers that collide", whole + b', "unique": ' + json.dumps(collide).encode() + b"}", 200
+        twice = json.dumps(collide + collide[:1]).encode()
+        yield "numbers that collide, one twice", whole + b', "unique": ' + twice + b"}", 400
+        yield "blanks", b" " * filled + whole + b"}", 200
+        yield "line ends", b"\r\n" * (filled // 2) + b"{", 400
+        yield "commas", b"[" + b"," * filled, 400
+        yield "quotes", b'"' * filled, 400
+
+    def test_each_is_taken_or_refused_in_time_and_the_next_event_is_taken(self):
+        schema = self.folder / "schema.json"
+        properties = {**receiver.EVENT_SCHEMA["properties"], "unique": {"uniqueItems": True}}
+        schema.write_text(json.dumps({**receiver.EVENT_SCHEMA, "properties": properties}))
+        server = self.start(schema=str(schema))
+        for number, (what, body, status) in enumerate(self.bombs()):
+            body = body.replace(b'"APT-1"', b'"APT-%d"' % number)
+            with self.subTest(what):
+                began = time.process_time()
+                for again in (status, 409 if status == 200 else status):
+                    answer = self.post(server, body)
+                    self.assertEqual(answer.status, again)
+                    self.assertLess(len(answer.body), 100000)
+                self.assertLess(time.process_time() - began, 20)
+                self.assertEqual(self.post(server, event(appointment_id=f"good-{number}")).status, 200)
+        self.assertEqual(self.call(server, path="/health").status, 200)
+        self.assertNotIn(" - ERROR - ", self.log_text(server))
 
 
 class ShutdownTest(HTTPTest):

@@ -1625,6 +1625,7 @@ _ID = _Kind("a URI reference without a fragment (a name for this place is $ancho
 _ANCHOR = _Kind("a name: a letter or _, then letters, digits, - _ and .", lambda value:
                 isinstance(value, str) and re.fullmatch("[A-Za-z_][-A-Za-z0-9._]*", value) is not None)
 
+PII = "x-pii"
 KEYWORDS = {            # keyword: the kind of value that it takes
     "$id": _ID, "$schema": _TEXT, "$ref": _TEXT, "$anchor": _ANCHOR, "$dynamicRef": _TEXT,
     "$dynamicAnchor": _ANCHOR, "$vocabulary": _ANY, "$comment": _TEXT, "$defs": _SCHEMA_MAP,
@@ -1642,6 +1643,8 @@ KEYWORDS = {            # keyword: the kind of value that it takes
     "format": _TEXT, "contentEncoding": _TEXT, "contentMediaType": _TEXT, "contentSchema": _SCHEMA,
     "title": _TEXT, "description": _TEXT, "default": _ANY, "deprecated": _FLAG, "readOnly": _FLAG,
     "writeOnly": _FLAG, "examples": _ARRAY,
+    # Ours: what is there is a person's. Of any other value nobody could tell what it was meant to hide
+    PII: _FLAG,
 }
 # Those of the vocabulary "validation", which a metaschema may leave out
 VALIDATION_KEYWORDS = frozenset({
@@ -1734,11 +1737,11 @@ class Schema:
                                       "the one schema out of it, with what it refers to in $defs")
             for uri, other in self._documents.items():
                 self._index(other, self._resource(uri.rstrip("#"), other), "", False)
-            self._root = self._resource("", document)
-            self._index(document, self._root, "", True)
-            self._check = self.compile(document, self._root, "")
-            self._refuse_loops(document, self._root)
-            self.accepts = _Accelerator(self, self._root).function(document)
+            self.root = self._resource("", document)
+            self._index(document, self.root, "", True)
+            self._check = self.compile(document, self.root, "")
+            self._refuse_loops(document, self.root)
+            self.accepts = _Accelerator(self, self.root).function(document)
         except RecursionError:
             raise SchemaError("", "nested too deeply") from None
 
@@ -1751,7 +1754,7 @@ class Schema:
         if self.accepts(value):
             return []
         problems: list = []
-        here = _Here(None, None, _Run(value, len(self._nodes)), problems, (self._root,), set())
+        here = _Here(None, None, _Run(value, len(self._nodes)), problems, (self.root,), set())
         try:
             self._check(value, here)
         except RecursionError:
@@ -1813,8 +1816,11 @@ class Schema:
             if keyword in FOREIGN_KEYWORDS:
                 self._note(f"the keyword {keyword} at {place} is not of draft 2020-12 and is ignored; "
                            f"{FOREIGN_KEYWORDS[keyword]}")
-            elif keyword not in KEYWORDS and not keyword.startswith("x-"):
-                for found in difflib.get_close_matches(keyword.lower(), known, 1, 0.75):
+            elif keyword not in KEYWORDS:
+                similar = known
+                if keyword.startswith("x-"):        # for everybody's own; but a mark without effect leaks
+                    similar = {PII: PII}
+                for found in difflib.get_close_matches(keyword.lower(), similar, 1, 0.75):
                     self._note(f"the unknown keyword {keyword} at {place} is ignored; "
                                f"did you mean {known[found]}?")
 
@@ -1822,7 +1828,7 @@ class Schema:
         if line not in self.notes:
             self.notes.append(line)
 
-    def _entered(self, schema: dict, resource: _Resource) -> _Resource:
+    def entered(self, schema: dict, resource: _Resource) -> _Resource:
         """The resource that `schema`, found in `resource`, belongs to: its own when it has an $id."""
         identity = schema.get("$id")
         if not isinstance(identity, str):
@@ -1853,7 +1859,7 @@ class Schema:
                 raise SchemaError(place, nowhere) from None
             pointer += "/" + step
             if isinstance(schema, dict) and isinstance(schema.get("$id"), str):
-                target, pointer = self._entered(schema, target), ""
+                target, pointer = self.entered(schema, target), ""
         return schema, target, pointer
 
     # -- checks
@@ -1870,7 +1876,7 @@ class Schema:
         if node is not None:
             return lambda value, here: node[0](value, here)     # it may be in the making: a recursive schema
         node = self._nodes[id(schema)] = [None]
-        resource = self._entered(schema, resource)
+        resource = self.entered(schema, resource)
         known = [_Keyword(name, value, schema, resource, f"{place}/{name}", self)
                  for name, value in schema.items() if name in KEYWORDS]
         for keyword in known:                       # all of them first, as compilers look at their neighbours
@@ -1915,7 +1921,7 @@ class Schema:
                 return
             if id(schema) in above:
                 raise SchemaError(place, "the schema refers to itself without end")
-            resource = self._entered(schema, resource)
+            resource = self.entered(schema, resource)
             above += (id(schema),)
             for keyword, below, item in _subschemas(schema):
                 if keyword in _IN_PLACE:
@@ -1929,6 +1935,56 @@ class Schema:
 
         for start in found:
             visit(*start, ())
+
+
+class Annotations:
+    """What a schema says of a place in a value, whatever the value: by all of its branches, taken or not."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+
+    def along(self, path: Iterable) -> list:
+        """[[schema, ...], ...]: those (JSON objects) that may speak of the whole value, then of where each
+        step of `path`, the name of a member or the index of an item, leads."""
+        root = self._schema.root
+        places = [self._applied([(root.root, root)])]
+        for step in path:
+            places.append(self._applied([(below, resource) for schema, resource in places[-1]
+                                         for below in self._below(schema, step)]))
+        return [[schema for schema, _ in place] for place in places]
+
+    def _applied(self, waiting: list) -> list:
+        """[(schema, resource)] with those that they apply to the same value."""
+        found: dict = {}                # id of a schema: the pair
+        while waiting:
+            schema, resource = waiting.pop()
+            if not isinstance(schema, dict) or id(schema) in found:
+                continue
+            resource = self._schema.entered(schema, resource)
+            found[id(schema)] = schema, resource
+            waiting += [(item, resource) for keyword, _, item in _subschemas(schema)
+                        if keyword in _IN_PLACE or keyword == "contentSchema"]
+            waiting += [self._schema.resolve(schema[keyword], resource, "")[:2]
+                        for keyword in ("$ref", "$dynamicRef") if keyword in schema]
+            anchor = schema.get("$dynamicRef", "").partition("#")[2]
+            waiting += [(other.anchors[anchor][0], other) for other in self._schema.resources.values()
+                        if anchor in other.dynamic]
+        return list(found.values())
+
+    def _below(self, schema: dict, step: Any) -> list:
+        """The subschemas for a member or an item. Where it depends on values whether one speaks of it (such
+        as unevaluatedProperties), it does."""
+        if isinstance(step, int):
+            found = schema.get("prefixItems", [])[step:step + 1]
+            others = ["contains", "unevaluatedItems"] + ["items"] * (not found)
+        else:
+            patterns, properties = self._schema.patterns, schema.get("properties", {})
+            found = [item for source, item in schema.get("patternProperties", {}).items()
+                     if len(step) > patterns[source].longest or patterns[source].search(step)]
+            if step in properties:
+                found.append(properties[step])
+            others = ["propertyNames"] + ["additionalProperties", "unevaluatedProperties"] * (not found)
+        return found + [schema[keyword] for keyword in others if keyword in schema]
 
 
 # -- compilers: each makes the check of one keyword
@@ -2427,7 +2483,7 @@ class _Accelerator:
 
 # What a stored event must have, whatever schema.json says
 REQUIRED_FIELDS = ("event_type", "appointment_id", "patient_id", "timestamp")
-# What is about a person: never shown in full unless the operator asks for that
+# What is about a person whatever schema.json says: never shown in full unless the operator asks for that
 PERSONAL_FIELDS = frozenset({"patient_id", "notes"})
 EVENT_SCHEMA = {
     "$schema": DRAFT,
@@ -2438,9 +2494,9 @@ EVENT_SCHEMA = {
     "properties": {
         "event_type": {"type": "string", "enum": ["scheduled", "cancelled", "updated"]},
         "appointment_id": {"type": "string", "minLength": 1, "maxLength": 255},
-        "patient_id": {"type": "string", "minLength": 1, "maxLength": 255},
+        "patient_id": {"type": "string", "minLength": 1, "maxLength": 255, PII: True},
         "timestamp": {"type": "string", "format": "iso8601"},
-        "notes": {"type": ["string", "null"]},
+        "notes": {"type": ["string", "null"], PII: True},
     },
 }
 
@@ -2502,10 +2558,19 @@ def _properties(document: Any) -> dict:
     return document.get("properties", {}) if isinstance(document, dict) else {}
 
 
+def _is_named(step: Any, schemas: list, below: list) -> bool:
+    """Whether schemas name a member; an item is named where there is anything `below` to speak of it."""
+    if isinstance(step, int):
+        return bool(below)
+    return any(step in schema.get("properties", ()) or step in schema.get("required", ())
+               for schema in schemas)
+
+
 class Contract:
     """What events must be, by one schema: makes events out of JSON values.
 
-    `field_names` are the members that the schema knows at the top, `event_types` its enum for that field.
+    `field_names` are the members that the schema knows at the top, `event_types` its enum for that field,
+    `personal_fields` the columns of the table that are a person's.
     """
 
     def __init__(self, document: Any) -> None:
@@ -2521,6 +2586,20 @@ class Contract:
         if isinstance(_properties(document).get("event_type"), dict):
             self.event_types = tuple(_properties(document)["event_type"].get("enum", ()))
         self._names = self.schema.names | set(REQUIRED_FIELDS)
+        self._annotations = Annotations(self.schema)
+        self.personal_fields = PERSONAL_FIELDS.union(
+            name for name in REQUIRED_FIELDS if self.is_personal((name,)))
+
+    def is_personal(self, path: Sequence) -> bool:
+        """Whether what is at `path`, names of members and indexes of items from the top, is a person's: where
+        it or something around it is marked x-pii, and where the schema does not name it."""
+        if not path or path[0] in PERSONAL_FIELDS:
+            return True
+        places = self._annotations.along(path)
+        if any(schema.get(PII) for place in places for schema in place):
+            return True
+        places[0].append({"required": REQUIRED_FIELDS})
+        return not all(map(_is_named, path, places, places[1:]))
 
     def event(self, value: Any, payload: str, received_at: str,
               client: Optional[str] = None) -> AppointmentEvent:
@@ -4847,9 +4926,10 @@ class Redactor:
     `none` gives no text at all, `full` the whole payload.
     """
 
-    def __init__(self, mode: str) -> None:
-        """`mode` is redacted, full or none."""
-        self.mode = mode
+    def __init__(self, mode: str, personal: frozenset = PERSONAL_FIELDS) -> None:
+        """`mode` is redacted, full or none; `personal` are the members to mask, as a Contract knows them."""
+        self.mode, self._personal = mode, personal
+        self._masks_more = bool(personal - PERSONAL_FIELDS)
 
     def event(self, event: AppointmentEvent) -> str:
         """A valid event; members that are no columns are not counted. Hot path: 0.3 us."""
@@ -4857,6 +4937,9 @@ class Redactor:
             return ""
         if self.mode == "full":
             return _one_line(event.payload)
+        if self._masks_more:
+            members = {name: item for name, item in event._asdict().items() if item is not None}
+            return _shown_members(members, self._personal)
         event_type, appointment_id = _shown(event.event_type), _shown(event.appointment_id)
         text = f'{{"event_type": {event_type}, "appointment_id": {appointment_id}, "patient_id": "***", ' \
                f'"timestamp": "{event.timestamp}"'
@@ -4872,15 +4955,13 @@ class Redactor:
             return json.dumps(value)
         if not isinstance(value, dict):
             return MASK
-        wrong = set(PERSONAL_FIELDS)
+        wrong = set(self._personal)
         for problem in problems:
             wrong.update(problem.path.split("/")[1:2] or LOGGED_FIELDS)     # the whole is every member
         if len(problems) >= MOST_PROBLEMS:              # the list may have been cut
             wrong.update(LOGGED_FIELDS)
-        parts = [f'"{name}": {_shown_member(name, value[name], name in wrong)}'
-                 for name in LOGGED_FIELDS if name in value]
-        further = len(value) - len(parts)
-        return "{" + ", ".join(parts) + "}" + (f" +{further}" if further else "")
+        further = len(value.keys() - LOGGED_FIELDS)
+        return _shown_members(value, wrong) + (f" +{further}" if further else "")
 
     def unreadable(self, body: bytes) -> str:
         """A body that is no JSON."""
@@ -4894,6 +4975,12 @@ class Redactor:
 def _shown(text: str) -> str:
     """A text that the contract allows, quoted; a lax schema may allow longer ones than the contract."""
     return MASK if len(text) > LONGEST_SHOWN else encode_basestring_ascii(text)
+
+
+def _shown_members(value: dict, masked: Iterable) -> str:
+    parts = [f'"{name}": {_shown_member(name, value[name], name in masked)}'
+             for name in LOGGED_FIELDS if name in value]
+    return "{" + ", ".join(parts) + "}"
 
 
 def _shown_member(name: str, value: Any, is_wrong: bool) -> str:
@@ -5688,6 +5775,7 @@ _HOLE = re.compile(r"\{(\w*)\}")
 # A rotation sends two or three. Without an end, 16 KiB of them would be compared with each secret
 MOST_SIGNATURES = 16
 LONGEST_TIMESTAMP = 12                  # digits; 13 are milliseconds
+UNREADABLE = "the signature header cannot be read"
 
 _FIELD_NAME = {"type": "string", "pattern": "^[0-9A-Za-z_-]{1,100}$"}
 _BEFORE_VALUE = {"type": "string", "pattern": "^[ -~]{0,50}$"}
@@ -5695,7 +5783,7 @@ SIGNATURE_SCHEMA = {
     "type": "object", "required": ["secrets"], "additionalProperties": False,
     "properties": {
         "profile": {"enum": list(SIGNATURE_PROFILES)},
-        "secrets": {"type": "array", "minItems": 1, "maxItems": 100,
+        "secrets": {"type": "array", "minItems": 1, "maxItems": 100, "uniqueItems": True,
                     "items": {"type": "string", "minLength": 1, "maxLength": 1000}},
         "header": _FIELD_NAME, "id_header": _FIELD_NAME, "timestamp_header": _FIELD_NAME,
         "separator": {"type": "string", "pattern": "^[^0-9A-Za-z+/=]{1,10}$"},      # nothing of a digest
@@ -5791,6 +5879,10 @@ class SignatureScheme:
         self._keyed = [_keyed(secret, whole["key"], f"/secrets/{at}")
                        for at, secret in enumerate(whole["secrets"])]
 
+    def fingerprints(self) -> list:
+        """A digest for each secret: equal where the keys are, however they are written."""
+        return [keyed.digest() for keyed in self._keyed]
+
     def is_shown(self, head: Head) -> bool:
         """Whether a request has the header of such a signature, be it empty or garbage."""
         return self._names[0] in head.fields or self._other_names[0] in head.fields
@@ -5808,7 +5900,7 @@ class SignatureScheme:
         pieces = self._split(fields[header])
         candidates = self._candidates(pieces)
         if not candidates:
-            return "the signature header cannot be read"
+            return UNREADABLE
         values = {"id": fields.get(id_header), "timestamp": fields.get(timestamp_header)}
         prefix = self._timestamp_prefix
         if prefix:                              # of two times comes what cannot be read as one
@@ -6254,14 +6346,16 @@ class Access:
 
     def _prove_by_signature(self, head: Head, evidence: Evidence, request: Any, proofs: dict) -> str:
         """Add the clients that have signed the body to `proofs`. Returns what the log may say of others."""
-        note = "credentials that nobody has" if evidence.is_guess else "no credentials"
+        problems = []
         for client in evidence.signers:
             problem = client.signature.problem(head, request.body, time.time())
             if problem:
-                note = problem
+                problems.append(problem)
             else:
                 proofs.setdefault(client, set()).add("signature")
-        return note
+        if problems:                            # of profiles that share a header the one that can read it tells
+            return min(problems, key=UNREADABLE.__eq__)
+        return "credentials that nobody has" if evidence.is_guess else "no credentials"
 
     def _entry_of(self, verified: Optional[Verified]) -> Optional[Client]:
         """The client that a token names."""
@@ -6334,12 +6428,12 @@ def _clients_of(entries: list) -> list:
             client = Client(entry)
         except ValueError as error:
             raise ValueError(f"/{index}{error}") from None
-        secrets_of = entry.get("signature", {}).get("secrets", ())
+        secrets_of = client.signature.fingerprints() if client.signature is not None else []
         count += len(secrets_of)
         if count > MOST_SECRETS:
             raise ValueError(f"/{index}/signature/secrets: more than {MOST_SECRETS} secrets in all")
         unique = [("name", client.name.lower()), ("certificate", client.certificate), *client.oauth.items(),
-                  *(("key", key) for key in client.keys), *(("secret", text) for text in secrets_of)]
+                  *(("key", key) for key in client.keys), *(("secret", mark) for mark in secrets_of)]
         for what, value in unique:
             if value and owners.setdefault((what, value), index) != index:
                 raise ValueError(f"/{index}: has the {what} of /clients/{owners[what, value]}: who would it be?")
@@ -8653,14 +8747,14 @@ class WebhookServer:
         access: Any = OpenAccess(self.store, self.config.rate_limit)
         if files.clients is not None:
             access = Access(files.clients.clients, None, self._stores.of, self.config.rate_limit)
-        redactor = Redactor(self.config.log_payloads)
+        redactor = Redactor(self.config.log_payloads, files.contract.personal_fields)
         return Rules(self.config, files.contract, files.schema_text, redactor, access, files.tls,
                      self._endpoints, loopback)
 
     def reload(self) -> bool:
-        """Read schema, clients file and certificates anew, all or none, and go on in a new log file where the old one was
-        moved away. Whether they could be taken: what is wrong is an ERROR in the log, and the old ones go
-        on."""
+        """Read schema, clients file and certificates anew, all or none, and go on in a new log file where the
+        old one was moved away. Whether they could be taken: what is wrong is an ERROR in the log, and the old
+        ones go on."""
         self.log.reopen()
         server = self._bound()
         try:
