@@ -9,6 +9,8 @@ import ast
 import asyncio
 import base64
 import contextlib
+import ctypes
+import ctypes.util
 import dataclasses
 import errno
 import functools
@@ -28,6 +30,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -1867,6 +1870,448 @@ def disguised(chance, value):
         return chance.choice([int(value) if value == int(value) else value,
                               float(value) if float(value) == value else value])
     return value
+
+
+# =============================================================================
+# System
+# =============================================================================
+
+def base64url(value):
+    """Bytes, a whole number, or a JSON value, in base64url without padding."""
+    if isinstance(value, int):
+        value = value.to_bytes((value.bit_length() + 7) // 8, "big")
+    if not isinstance(value, bytes):
+        value = json.dumps(value).encode()
+    return base64.urlsafe_b64encode(value).decode().rstrip("=")
+
+
+# Keys of examples, so that tests can sign: (private key as PKCS #8 in base64, public one as JWK)
+KEY_PAIRS = {
+    # RFC 7520 section 3.4
+    "RSA": ("MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQCfgQ+0A4Jz0CWR5Ac/MdK2ABuCzttNkvBQFl1Hz8q4o8Q"
+            "ct3isdVN5P475dXaNGiN02HElZMO813uepDRUSJlAfP8AmZIKkxokxEFIUqspvbCpXAZT82xg5gv5C2JY3aVvNwR7pcLR0C"
+            "mvnJ1AuseqQceKDdEGit1pnoCP6gEeoUQdik97tOl7459V8d3UTpxLozUVlwPU00tgPmUUek8j1tPAmWx17e6EaoLRkK4Qe"
+            "DyWHPA4eu0hBtLQVVtv2Tf61VNTh+D/cv++eJQUArC4IuoqdLYFjB2r+bNKdstjuH+qLGhHuOKDf/+RGG5rHBSRHPmJqJCS"
+            "qBzmAd2s0/nPAgMBAAECggEAbWUC9B+EFRIo8kpGfh0ZuyGPvMNKvYWNtB/ikiH9k20eT+O1q/I78eiZkpXxXQ0UTEs2LsN"
+            "RS+8uJbvQ+A1irkwMSMkK1J3XTGgdrhCku9gRldY7sNA/AKZGh+Q661/42rINLRCe8W+nZ34ui/qOfkLnK9QWDDqpaIsA+b"
+            "MwWWSDFu2MUBYwkHTMEzLYGqOe04noqeq1hExBTHBOBdkMXiuFhUq1BU6l+DqEiWxqg82sXt2h+LMnT3046AOYJoRioz75t"
+            "SUQfGCshWTBnP5uDjd18kKhyv07lhfSJdrPdM5Plyl21hsFf4L/mHCuoFau7gdsPfHPxxjVOcOpBrQzwQKBgQDdKXGD8PBN"
+            "clxvrT3lGhfKBAIBnlGcC9mWejXKEe2dR7H9+nsBn/2dFo7sdf/5IV8ZB661qjZMOMMBZThW6mTyvD0lHQDNnQ3Z++4gCav"
+            "9YKyYal42pCd6/VPsjISyeHxQy36fkJp+GSKTOESyuad0fovE6u9EmWw+npm/xtSrSQKBgQC4oTZ2H5xN/oREXiTh7+PLvw"
+            "Z89hQhpTKhJIm4HOncK5uTc4KqzqCtPxtH9y7QObUxnBaa12oPIj3ketR6rcw/Xm8ww43yUdN5m7aWYq/CpbtqdXlTOEzWJ"
+            "nvPjIyS5TAVagG/Jjz3wRe9EP6F2pHEeVKoBnX3bMHelUUnSzukVwKBgAfD1b15Lya49i/hmEO798va+isOYPUmoVwcLFlM"
+            "6dfU1ZYCPmFfOatTSG9a8ULQ/iLF10d/k2p3r7kT0beTgTnYjBkKfKW7duoJY2HylPxPcZ/kVCx89PnnfRPYFyyg+FRp4Kc"
+            "/j30P6tvaZOcVh6CadNPUH9R7woYsUV+fXoYpAoGACLDmDGduhylc9o7r84rEUVn7pzQ6PF83Y+iBZx5NT+TpnOZKF1pErA"
+            "MVeKzFEl41DlHHqqBLSM0W1sOFbwTxYWZDm6sI6og5iTbwQGIC3gnJKbi/7k/vJgGHwHxgPaX2PnvP+zyEkDERuf+ry4c/Z"
+            "11Cq9AqC2yeL6kdKT1cYF8CgYEA3PiqvXQN0zwMeE+sBvZgi289XP9XCQF3VWqPzMKnIgQp7/Tugo6+NZBKCQsMf3HaEGBj"
+            "TVJs/jcK8+TRXvaKe+7ZMaQj8VfBdYkssbu0NKDDhjJ+GtiseaDVWt7dcH0cfwxgFUHpQh7FoCrjFJ6h6ZEpMF6xmujs4qM"
+            "pPz8aaI4=",
+            {"kty": "RSA", "e": "AQAB",
+             "n": "n4EPtAOCc9AlkeQHPzHStgAbgs7bTZLwUBZdR8_KuKPEHLd4rHVTeT-O-XV2jRojdNhxJWTDvNd7nqQ0VEiZQHz_A"
+                  "JmSCpMaJMRBSFKrKb2wqVwGU_NsYOYL-QtiWN2lbzcEe6XC0dApr5ydQLrHqkHHig3RBordaZ6Aj-oBHqFEHYpPe7"
+                  "Tpe-OfVfHd1E6cS6M1FZcD1NNLYD5lFHpPI9bTwJlsde3uhGqC0ZCuEHg8lhzwOHrtIQbS0FVbb9k3-tVTU4fg_3L"
+                  "_vniUFAKwuCLqKnS2BYwdq_mzSnbLY7h_qixoR7jig3__kRhuaxwUkRz5iaiQkqgc5gHdrNP5zw"}),
+    # RFC 7515 appendix A.3
+    "P-256": ("MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgjpsQnnGQmL+YBIffH1136cspYG6+0iY7X1fCE9+E9LKhR"
+              "ANCAAR/zc4ncPbEXUGDy+5v20t7WAczNXvp7xO6z248e9FURcfxRM0bvZt+hyzf7bnuufSzaV1uqQskrYpGIyiFiOWt",
+              {"kty": "EC", "crv": "P-256", "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+               "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}),
+    # Made for these tests
+    "P-384": ("MIG2AgEAMBAGByqGSM49AgEGBSuBBAAiBIGeMIGbAgEBBDCM+1Fmgfq1p7bLxpwS/yp7bm/fozzbMt6cKbiEwcB4Ml7ZR"
+              "RFV7byAZW9uLZhHpRuhZANiAASBe0XVTp1Rc4RAMzuN5aECNSuIZbcLIlVYtdoCcv+DC4uxaO2u3pxx6aqy5/ztVhlcMC"
+              "HpFEVD5gXCPBLsy+90Aw+gplNPdJdCA0/8FxQq3MjIjCQ7mUcV0JX9A/Gw47U=",
+              {"kty": "EC", "crv": "P-384",
+               "x": "gXtF1U6dUXOEQDM7jeWhAjUriGW3CyJVWLXaAnL_gwuLsWjtrt6ccemqsuf87VYZ",
+               "y": "XDAh6RRFQ-YFwjwS7MvvdAMPoKZTT3SXQgNP_BcUKtzIyIwkO5lHFdCV_QPxsOO1"}),
+    # RFC 8037 appendix A.1
+    "Ed25519": ("MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g",
+                {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}),
+}
+
+# Signed examples: (RFC, algorithm, public key, token)
+SIGNED_EXAMPLES = [
+    ("RFC 7515 A.2", "RS256",
+     {"kty": "RSA", "e": "AQAB",
+      "n": "ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4Ql"
+           "L-yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUs"
+           "LA9e-KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoud"
+           "F8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ"},
+     "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb"
+     "290Ijp0cnVlfQ.cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W"
+     "2Fp5jujGbds9uJdbF9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe"
+     "7K0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgG"
+     "Y9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw"),
+    ("RFC 7515 A.3", "ES256", KEY_PAIRS["P-256"][1],
+     "eyJhbGciOiJFUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb"
+     "290Ijp0cnVlfQ.DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q"),
+    ("RFC 7520 4.1", "RS256", KEY_PAIRS["RSA"][1],
+     "eyJhbGciOiJSUzI1NiIsImtpZCI6ImJpbGJvLmJhZ2dpbnNAaG9iYml0b24uZXhhbXBsZSJ9.SXTigJlzIGEgZGFuZ2Vyb3VzIGJ1c"
+     "2luZXNzLCBGcm9kbywgZ29pbmcgb3V0IHlvdXIgZG9vci4gWW91IHN0ZXAgb250byB0aGUgcm9hZCwgYW5kIGlmIHlvdSBkb24ndCB"
+     "rZWVwIHlvdXIgZmVldCwgdGhlcmXigJlzIG5vIGtub3dpbmcgd2hlcmUgeW91IG1pZ2h0IGJlIHN3ZXB0IG9mZiB0by4.MRjdkly7_"
+     "-oTPTS3AXP41iQIGKa80A0ZmTuV5MEaHoxnW2e5CZ5NlKtainoFmKZopdHM1O2U4mwzJdQx996ivp83xuglII7PNDi84wnB-BDkoBw"
+     "A78185hX-Es4JIwmDLJK3lfWRa-XtL0RnltuYv746iYTh_qHRD68BNt1uSNCrUCTJDt5aAE6x8wW1Kt9eRo4QPocSadnHXFxnt8Is9"
+     "UzpERV0ePPQdLuW3IS_de3xyIrDaLGdjluPxUAhb6L2aXic1U12podGU0KLUQSE_oI-ZnmKJ3F4uOZDnd6QZWJushZ41Axf_fcIe8u"
+     "9ipH84ogoree7vjbU5y18kDquDg"),
+    ("RFC 7520 4.2", "PS384", KEY_PAIRS["RSA"][1],
+     "eyJhbGciOiJQUzM4NCIsImtpZCI6ImJpbGJvLmJhZ2dpbnNAaG9iYml0b24uZXhhbXBsZSJ9.SXTigJlzIGEgZGFuZ2Vyb3VzIGJ1c"
+     "2luZXNzLCBGcm9kbywgZ29pbmcgb3V0IHlvdXIgZG9vci4gWW91IHN0ZXAgb250byB0aGUgcm9hZCwgYW5kIGlmIHlvdSBkb24ndCB"
+     "rZWVwIHlvdXIgZmVldCwgdGhlcmXigJlzIG5vIGtub3dpbmcgd2hlcmUgeW91IG1pZ2h0IGJlIHN3ZXB0IG9mZiB0by4.cu22eBqkY"
+     "DKgIlTpzDXGvaFfz6WGoz7fUDcfT0kkOy42miAh2qyBzk1xEsnk2IpN6-tPid6VrklHkqsGqDqHCdP6O8TTB5dDDItllVo6_1OLPpc"
+     "bUrhiUSMxbbXUvdvWXzg-UD8biiReQFlfz28zGWVsdiNAUf8ZnyPEgVFn442ZdNqiVJRmBqrYRXe8P_ijQ7p8Vdz0TTrxUeT3lm8d9"
+     "shnr2lfJT8ImUjvAA2Xez2Mlp8cBE5awDzT0qI0n6uiP1aCN_2_jLAeQTlqRHtfa64QQSUmFAAjVKPbByi7xho0uTOcbH510a6GYmJ"
+     "UAfmWjwZ6oD4ifKo8DYM-X72Eaw"),
+    ("RFC 8037 A.4", "EdDSA", KEY_PAIRS["Ed25519"][1],
+     "eyJhbGciOiJFZERTQSJ9.RXhhbXBsZSBvZiBFZDI1NTE5IHNpZ25pbmc.hgyY0il_MGCjP0JzlnLWG1PPOt7-09PGcvMg3AIbQR6dW"
+     "bhijcNR4ki4iylGjg5BhVsPt9g7sVvpAr_MuM0KAg"),
+]
+
+# (source, key, nonce, plaintext, data, ciphertext, tag), in hex
+GCM_EXAMPLES = [
+    ("McGrew and Viega, GCM, test case 13",
+     "00" * 32,
+     "00" * 12,
+     "",
+     "",
+     "",
+     "530f8afbc74536b9a963b4f1c4cb738b"),
+    ("test case 14",
+     "00" * 32,
+     "00" * 12,
+     "00" * 16,
+     "",
+     "cea7403d4d606b6e074ec5d3baf39d18",
+     "d0d1c8a799996bf0265b98b5d48ab919"),
+    ("test case 15",
+     "feffe9928665731c6d6a8f9467308308feffe9928665731c6d6a8f9467308308",
+     "cafebabefacedbaddecaf888",
+     "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aed"
+     "f5aa0de657ba637b391aafd255",
+     "",
+     "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3da7b08b1056828838c5f61e"
+     "6393ba7a0abcc9f662898015ad",
+     "b094dac5d93471bdec1a502270e3cc6c"),
+    ("test case 16",
+     "feffe9928665731c6d6a8f9467308308feffe9928665731c6d6a8f9467308308",
+     "cafebabefacedbaddecaf888",
+     "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aed"
+     "f5aa0de657ba637b39",
+     "feedfacedeadbeeffeedfacedeadbeefabaddad2",
+     "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3da7b08b1056828838c5f61e"
+     "6393ba7a0abcc9f662",
+     "76fc6ece0f4e1768cddf8853bb2d551b"),
+    ("NIST CAVP gcmEncryptExtIV256, data only",
+     "78dc4e0aaf52d935c3c01eea57428f00ca1fd475f5da86a49c8dd73d68c8e223",
+     "d79cf22d504cc793c3fb6c8a",
+     "",
+     "b96baa8c1c75a671bfb2d08d06be5f36",
+     "",
+     "3e5d486aa2e30b22e040b85723a06e76"),
+    ("NIST CAVP gcmEncryptExtIV256",
+     "83688deb4af8007f9b713b47cfa6c73e35ea7a3aa4ecdb414dded03bf7a0fd3a",
+     "0b459724904e010a46901cf3",
+     "33d893a2114ce06fc15d55e454cf90c3",
+     "794a14ccd178c8ebfd1379dc704c5e208f9d8424",
+     "cc66bee423e3fcd4c0865715e9586696",
+     "0fb291bd3dba94a1dfd8b286cfb97ac5"),
+]
+
+
+class Signer:
+    """Signs by the libcrypto that checks, which the program itself never does."""
+    FUNCTIONS = {"d2i_AutoPrivateKey": "PPPL", "EVP_DigestSignInit": "IPPPPP", "EVP_DigestSign": "IPPPBZ",
+                 "ERR_peek_error": "L"}
+
+    def __init__(self):
+        with mock.patch.dict(receiver._LIBCRYPTO, self.FUNCTIONS):
+            self.crypto = receiver.LibCrypto()
+        self._keys = {}
+        for kind, (text, _) in KEY_PAIRS.items():
+            data = base64.b64decode(text)
+            place = ctypes.c_char_p(data)
+            self._keys[kind] = self.crypto.d2i_AutoPrivateKey(None, ctypes.addressof(place), len(data))
+
+    def sign(self, alg, message, **pss):
+        """The signature of a JWS; settings of PSS may be given."""
+        kind, digest = receiver.JWS_ALGORITHMS[alg]
+        crypto, settings, size = self.crypto, ctypes.c_void_p(), ctypes.c_size_t(1024)
+        context, room = crypto.EVP_MD_CTX_new(), ctypes.create_string_buffer(1024)
+        algorithm = digest and crypto.EVP_get_digestbyname(digest)
+        key = self._keys[kind]
+        assert crypto.EVP_DigestSignInit(context, ctypes.addressof(settings), algorithm, None, key) == 1
+        if alg.startswith("PS"):
+            pss = {"rsa_padding_mode": "pss", "rsa_pss_saltlen": "digest", **pss}
+        for name, value in pss.items():
+            assert crypto.EVP_PKEY_CTX_ctrl_str(settings, name.encode(), value.encode()) == 1
+        assert crypto.EVP_DigestSign(context, room, ctypes.addressof(size), message, len(message)) == 1
+        crypto.EVP_MD_CTX_free(context)
+        signature = room.raw[:size.value]
+        return self._plain(signature, receiver._CURVES[kind][1]) if alg.startswith("ES") else signature
+
+    @staticmethod
+    def _plain(signature, size):
+        r, s = signature[4:4 + signature[3]], signature[6 + signature[3]:]
+        return b"".join(int.from_bytes(half, "big").to_bytes(size, "big") for half in (r, s))
+
+    def public(self, kind):
+        return receiver.PublicKey.from_jwk(self.crypto, KEY_PAIRS[kind][1])
+
+
+class LibCryptoTest(FolderTest):
+
+    @unittest.skipUnless(getattr(sys.modules.get("_ssl"), "__file__", ""), "OpenSSL is a part of this Python")
+    def test_it_is_the_one_that_python_has_loaded(self):
+        self.assertEqual(next(receiver._libcrypto_names()), sys.modules["_ssl"].__file__)
+        self.assertEqual(receiver.LibCrypto().OpenSSL_version_num(), ssl.OPENSSL_VERSION_NUMBER)
+
+    def test_where_it_is_missing_one_sentence_says_what_to_install(self):
+        text = self.folder / "libcrypto.so.3"
+        text.write_text("no library")
+        for names in ([], [""], ["/none/libcrypto.so.3"], [str(text)], [ctypes.util.find_library("c") or ""]):
+            with self.subTest(names), self.assertRaises(SetupError) as raised:
+                receiver.LibCrypto(lambda: names)
+            self.assertRegex(str(raised.exception), "libcrypto 1.1.1 or 3 was not found: install it .*apt")
+            self.assertNotIn("\n", str(raised.exception))
+        good = list(receiver._libcrypto_names())
+        self.assertTrue(receiver.LibCrypto(lambda: ["/none", str(text), *good]).OpenSSL_version_num())
+
+    def test_a_version_that_is_not_promised_is_not_used(self):
+        for number, taken in (
+                (0x1010100f, True), (0x1010117f, True), (0x30000000, True), (0x30500090, True),
+                (0x1000214f, False), (0x1010007f, False), (0x20000000, False), (0x40000000, False)):
+            library = mock.MagicMock()
+            library.OpenSSL_version_num.return_value = number
+            with self.subTest(hex(number)), mock.patch.multiple(
+                    receiver.ctypes, PyDLL=lambda path: library, CDLL=lambda path, handle: library):
+                if taken:
+                    receiver.LibCrypto()
+                else:
+                    self.assertRaises(SetupError, receiver.LibCrypto)
+
+    def test_one_that_lacks_a_function_is_not_used(self):
+        with mock.patch.dict(receiver._LIBCRYPTO, {"EVP_of_tomorrow": "P"}):
+            self.assertRaises(SetupError, receiver.LibCrypto)
+
+    def test_without_ctypes_the_program_starts_and_only_what_needs_it_says_so(self):
+        code = ("import sys; sys.modules['ctypes'] = None; sys.path.insert(0, sys.argv[1])\n"
+                "import webhook_server as receiver\n"
+                "receiver.Config()\n"
+                "try: receiver.LibCrypto()\n"
+                "except receiver.SetupError as error: print(error)")
+        done = subprocess.run([sys.executable, "-S", "-I", "-c", code, str(HERE)], capture_output=True,
+                              timeout=WAIT)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertIn(b"lacks ctypes", done.stdout)
+
+
+class AESGCMTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.crypto = Signer().crypto
+
+    def setUp(self):
+        self.cipher, self.nonce = receiver.AESGCM(self.crypto, b"k" * 32), b"n" * 12
+
+    def test_published_examples_are_sealed_as_published_and_opened(self):
+        for name, *parts in GCM_EXAMPLES:
+            with self.subTest(name):
+                key, nonce, plaintext, data, ciphertext, tag = map(bytes.fromhex, parts)
+                cipher = receiver.AESGCM(self.crypto, key)
+                self.assertEqual(cipher.open(nonce, ciphertext + tag, data), plaintext)
+                self.assertEqual(cipher.seal(nonce, plaintext, data), ciphertext + tag)
+
+    def test_whatever_is_changed_is_noticed_and_leaves_no_trace(self):
+        sealed = self.cipher.seal(self.nonce, b"of a patient", b"row 1")
+        whole = (self.nonce, sealed, b"row 1")
+        changed = [(*whole[:part], whole[part][:at] + bytes([whole[part][at] ^ 1]) + whole[part][at + 1:],
+                    *whole[part + 1:]) for part in range(3) for at in range(len(whole[part]))]
+        changed += [(self.nonce, sealed[:-1], b"row 1"), (self.nonce, sealed[1:], b"row 1"),
+                    (self.nonce, sealed + b"\0", b"row 1"), (self.nonce, sealed, b""),
+                    (self.nonce, sealed, b"row 1\0"), (self.nonce, sealed[-16:], b"row 1"),
+                    (self.nonce, b"", b"row 1"), (self.nonce, sealed[:15], b"row 1")]
+        for parts in changed:
+            with self.subTest(parts), self.assertRaises(ValueError) as raised:
+                self.cipher.open(*parts)
+            self.assertNotIn("patient", str(raised.exception))
+            self.assertEqual(self.cipher.open(*whole), b"of a patient")
+        self.assertRaises(ValueError, receiver.AESGCM(self.crypto, b"j" * 32).open, *whole)
+        self.assertEqual(self.crypto.ERR_peek_error(), 0)
+
+    def test_sizes_from_nothing_to_a_megabyte_come_back(self):
+        for size in (0, 1, 15, 16, 17, 1008, 1024, 65520, 65536, MEGABYTE):
+            for data in (b"", b"d", b"d" * size):
+                text = os.urandom(size)
+                sealed = receiver.AESGCM(self.crypto, b"k" * 32).seal(self.nonce, text, data)
+                self.assertEqual(len(sealed), size + 16)
+                for cipher in (receiver.AESGCM(self.crypto, b"k" * 32), self.cipher):
+                    self.assertEqual(cipher.open(self.nonce, sealed, data), text)
+                    self.assertEqual(cipher.seal(self.nonce, text, data), sealed)
+
+    def test_keys_and_nonces_of_another_size_are_refused(self):
+        for size in (0, 16, 24, 31, 33):
+            self.assertRaises(ValueError, receiver.AESGCM, self.crypto, b"k" * size)
+        for size in (0, 8, 11, 13, 16):
+            self.assertRaises(ValueError, self.cipher.seal, b"n" * size, b"x", b"")
+            self.assertRaises(ValueError, self.cipher.open, b"n" * size, b"x" * 17, b"")
+
+    def test_eight_threads_at_once_do_not_mix_what_they_seal(self):
+        done = []
+
+        def work():
+            for number in range(300):
+                text, nonce = os.urandom(number), os.urandom(12)
+                sealed = self.cipher.seal(nonce, text, b"d")
+                with contextlib.suppress(ValueError):
+                    self.cipher.open(nonce, sealed, b"other")
+                done.append(self.cipher.open(nonce, sealed, b"d") == text)
+
+        in_threads(8, work)
+        self.assertEqual((len(done), set(done)), (2400, {True}))
+
+    def test_every_context_is_freed_also_after_a_failure(self):
+        alive = Counter()
+        crypto = receiver.LibCrypto()
+        new, free = crypto.EVP_CIPHER_CTX_new, crypto.EVP_CIPHER_CTX_free
+
+        def counted_new():
+            alive["contexts"] += 1
+            return new()
+
+        def counted_free(context):
+            alive["contexts"] -= 1
+            free(context)
+
+        crypto.EVP_CIPHER_CTX_new, crypto.EVP_CIPHER_CTX_free = counted_new, counted_free
+        cipher = receiver.AESGCM(crypto, b"k" * 32)
+        for _ in range(20):
+            cipher.open(self.nonce, cipher.seal(self.nonce, b"x" * MEGABYTE, b""), b"")
+            self.assertRaises(ValueError, cipher.open, self.nonce, b"x" * 20, b"")
+        self.assertLessEqual(alive["contexts"], 2)
+        with mock.patch.object(crypto, "EVP_CipherInit_ex", return_value=0):
+            self.assertRaises(ValueError, receiver.AESGCM, crypto, b"k" * 32)
+            self.assertRaises(ValueError, cipher.seal, self.nonce, b"x", b"")
+        del cipher
+        gc.collect()
+        self.assertEqual(alive["contexts"], 0)
+
+
+class PublicKeyTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.signer = Signer()
+        cls.crypto = cls.signer.crypto
+
+    def key(self, jwk):
+        return receiver.PublicKey.from_jwk(self.crypto, jwk)
+
+    def tearDown(self):
+        self.assertEqual(self.crypto.ERR_peek_error(), 0)      # or the next call of ssl would raise it
+
+    def test_published_examples_are_true_and_not_when_anything_is_changed(self):
+        for name, alg, jwk, token in SIGNED_EXAMPLES:
+            with self.subTest(name):
+                message, _, text = token.rpartition(".")
+                signature, key = receiver.base64url_bytes(text), self.key(jwk)
+                self.assertTrue(key.verify(alg, message.encode(), signature))
+                for at in range(len(signature)):
+                    changed = signature[:at] + bytes([signature[at] ^ 1]) + signature[at + 1:]
+                    self.assertFalse(key.verify(alg, message.encode(), changed))
+                for changed in (signature[:-1], signature + b"\0", b"\0" + signature, b"", signature[1:]):
+                    self.assertFalse(key.verify(alg, message.encode(), changed))
+                self.assertFalse(key.verify(alg, message.encode() + b"x", signature))
+                for other in set(receiver.JWS_ALGORITHMS) - {alg} | {"", "none", "HS256", alg.lower()}:
+                    self.assertFalse(key.verify(other, message.encode(), signature))
+
+    def test_each_algorithm_takes_signatures_of_its_own_and_of_no_other(self):
+        for alg, (kind, _) in receiver.JWS_ALGORITHMS.items():
+            signature = self.signer.sign(alg, b"message")
+            for other in receiver.JWS_ALGORITHMS:
+                for key in KEY_PAIRS:
+                    with self.subTest(alg, other=other, key=key):
+                        taken = self.signer.public(key).verify(other, b"message", signature)
+                        self.assertEqual(taken, (other, key) == (alg, kind))
+
+    def test_pss_takes_the_salt_and_the_mask_of_its_digest_only(self):
+        key = self.signer.public("RSA")
+        for pss, taken in (({}, True), ({"rsa_pss_saltlen": "32"}, True), ({"rsa_pss_saltlen": "20"}, False),
+                           ({"rsa_pss_saltlen": "0"}, False), ({"rsa_pss_saltlen": "max"}, False),
+                           ({"rsa_mgf1_md": "SHA256"}, True), ({"rsa_mgf1_md": "SHA1"}, False)):
+            with self.subTest(pss):
+                signature = self.signer.sign("PS256", b"message", **pss)
+                self.assertEqual(key.verify("PS256", b"message", signature), taken)
+
+    def test_signatures_of_curves_have_two_numbers_of_the_right_length_and_neither_is_0(self):
+        for alg, kind, size in (("ES256", "P-256", 32), ("ES384", "P-384", 48)):
+            key, signature = self.signer.public(kind), self.signer.sign(alg, b"message")
+            r, s = signature[:size], signature[size:]
+            self.assertTrue(key.verify(alg, b"message", r + s))
+            nothing, one, most = bytes(size), bytes(size - 1) + b"\1", b"\xff" * size
+            for forged in (nothing + nothing, r + nothing, nothing + s, one + one, most + most, s + r, b"",
+                           b"\0" + r + b"\0" + s, r + s + b"\0", r[1:] + s, r + s[:-1],
+                           receiver._der_integers(*(int.from_bytes(half, "big") for half in (r, s)))):
+                with self.subTest(alg, forged=forged.hex()):
+                    self.assertFalse(key.verify(alg, b"message", forged))
+
+    def test_keys_that_are_no_good_are_refused_beside_ones_that_are(self):
+        rsa, p256, ed = (KEY_PAIRS[kind][1] for kind in ("RSA", "P-256", "Ed25519"))
+        number = int.from_bytes(receiver.base64url_bytes(rsa["n"]), "big")
+        for reason, jwk in (
+                ("2048", {**rsa, "n": base64url((number >> 1) | 1)}),
+                ("8192", {**rsa, "n": base64url((1 << 8192) | 1)}),
+                ("odd", {**rsa, "n": base64url(number - 1)}), ("exponent", {**rsa, "e": "AQ"}),
+                ("exponent", {**rsa, "e": "AAAA"}), ("exponent", {**rsa, "e": "BA"}),
+                ("exponent", {**rsa, "e": base64url((1 << 32) | 1)}), ("base64url", {**rsa, "e": "AQAB="}),
+                ("base64url", {**rsa, "e": "AQ B"}), ("base64url", {**rsa, "n": 5}),
+                ("base64url", {"kty": "RSA"}),
+                ("no key of P-256", {**p256, "y": p256["x"]}), ("no key of P-256", {**p256, "x": "A" * 43}),
+                ("32 bytes", {**p256, "x": p256["x"][:-2] + "A"}), ("48 bytes", {**p256, "crv": "P-384"}),
+                ("base64url", {**p256, "y": None}), ("must be a key", {**p256, "crv": "P-521"}),
+                ("must be a key", {**p256, "crv": "secp256k1"}),
+                ("must be a key", {**p256, "crv": ["P-256"]}),
+                ("must be a key", {**p256, "kty": "OKP"}), ("must be a key", {**ed, "kty": "EC"}),
+                ("must be a key", {**ed, "crv": "X25519"}), ("must be a key", {**ed, "crv": "Ed448"}),
+                ("32 bytes", {**ed, "x": "A" * 44}), ("must be a key", {"kty": "oct", "k": "c2VjcmV0"}),
+                ("must be a key", {"kty": ["RSA"]}), ("must be a key", {})):
+            with self.subTest(reason, jwk=jwk), self.assertRaisesRegex(ValueError, reason):
+                self.key(jwk)
+        for kind, (_, jwk) in KEY_PAIRS.items():
+            self.assertEqual(self.key({**jwk, "d": "ignored", "kid": ["ignored"]}).kind, kind)
+
+    def test_base64url_has_one_spelling(self):
+        for text, data in (("", b""), ("AA", b"\0"), ("AAA", b"\0\0"), ("-_-_", b"\xfb\xff\xbf")):
+            self.assertEqual(receiver.base64url_bytes(text), data)
+        for text in ("A", "AB", "AAB", "AA==", "AA=", "A A", "AA\n", " AA", "+/+/", "AAAA=", "AAAAA",
+                     "\xc4\x80A", "A\0", "\ud800A", None, 5, b"AA", ["AA"]):
+            with self.subTest(text):
+                self.assertRaises(ValueError, receiver.base64url_bytes, text)
+
+    def test_eight_threads_at_once_check_with_the_same_keys(self):
+        keys = {kind: self.signer.public(kind) for kind in KEY_PAIRS}
+        signed = [(alg, kind, self.signer.sign(alg, b"message"))
+                  for alg, (kind, _) in receiver.JWS_ALGORITHMS.items()]
+        results = []
+
+        def work():
+            for _ in range(5):
+                for alg, kind, signature in signed:
+                    results.append((keys[kind].verify(alg, b"message", signature),
+                                    keys[kind].verify(alg, b"massage", signature)))
+
+        in_threads(8, work)
+        self.assertEqual((len(results), set(results)), (8 * 5 * 9, {(True, False)}))
+
+    def test_an_interrupted_check_frees_what_it_took(self):
+        alive, key = Counter(), self.signer.public("RSA")
+        new, free = self.crypto.EVP_MD_CTX_new, self.crypto.EVP_MD_CTX_free
+        with mock.patch.multiple(
+                self.crypto, EVP_MD_CTX_new=lambda: (alive.update(["new"]), new())[1],
+                EVP_MD_CTX_free=lambda context: (alive.update(["free"]), free(context)),
+                EVP_DigestVerify=mock.Mock(side_effect=[1, 0, -1, KeyboardInterrupt])):
+            for expected in (True, False, False):
+                self.assertEqual(key.verify("RS256", b"message", b"x" * 256), expected)
+            self.assertRaises(KeyboardInterrupt, key.verify, "RS256", b"message", b"x" * 256)
+        self.assertEqual(alive, {"new": 4, "free": 4})
 
 
 # =============================================================================

@@ -17,6 +17,7 @@ section uses only those above it:
     Schema         JSON Schema draft 2020-12, compiled once
     Events         a value to an AppointmentEvent, or to what is wrong with it
     Work           threads that loop, a clock for small jobs, the breaker
+    System         the system's libraries: libcrypto
     Files          the files of an SQLite database, and who else changes them
     SQLite         events in one file
     Store          one commit for all who wait, over any engine; who commits answers
@@ -56,6 +57,7 @@ try:
     import hashlib
     import hmac
     import http.client
+    import importlib
     import inspect
     import io
     import ipaddress
@@ -100,6 +102,11 @@ try:
     import resource
 except ImportError:                     # Windows
     fcntl = resource = None
+try:
+    import ctypes
+    import ctypes.util
+except ImportError:                     # a Python that was built without libffi
+    ctypes = None
 
 __version__ = "1.0.0"
 
@@ -2772,6 +2779,278 @@ class Checkup:
         with self._ended:
             self._said, self._error, self._under_way = said, error, False
             self._ended.notify_all()
+
+
+# =============================================================================
+# System: the system's libraries by ctypes: libcrypto's AES-GCM and signatures. Knows nothing of us.
+# =============================================================================
+
+# name: what a function gives, and takes: P a pointer, B bytes, I an int, L a long, Z a size, - nothing
+_LIBCRYPTO = {
+    "OpenSSL_version_num": "L", "ERR_clear_error": "-",
+    "EVP_aes_256_gcm": "P", "EVP_CIPHER_CTX_new": "P", "EVP_CIPHER_CTX_free": "-P",
+    "EVP_CIPHER_CTX_ctrl": "IPIIP", "EVP_CipherInit_ex": "IPPPBBI", "EVP_CipherUpdate": "IPPPBI",
+    "EVP_CipherFinal_ex": "IPPP",
+    "d2i_PUBKEY": "PPPL", "EVP_PKEY_free": "-P", "EVP_get_digestbyname": "PB",
+    "EVP_MD_CTX_new": "P", "EVP_MD_CTX_free": "-P", "EVP_DigestVerifyInit": "IPPPPP",
+    "EVP_PKEY_CTX_ctrl_str": "IPBB", "EVP_DigestVerify": "IPBZBZ",
+}
+# These take up to a millisecond and let other threads run meanwhile. For the others, which take less than one
+# microsecond, giving the interpreter's lock away would cost more than the work
+_SLOW = ("EVP_DigestVerify",)
+_GET_TAG, _SET_TAG = 0x10, 0x11         # EVP_CTRL_AEAD_GET_TAG and …_SET_TAG of openssl/evp.h
+NONCE_BYTES, TAG_BYTES = 12, 16         # NIST SP 800-38D: the sizes that need no thought
+KEPT_BUFFER = 65536                     # bytes; a larger one is given back after its call
+RSA_BITS = (2048, 8192)                 # RFC 7518 section 3.3; more would only keep a processor busy
+
+# Names of JWS (RFC 7518 section 3.1, RFC 8037): the kind of key that each is for, and its digest
+JWS_ALGORITHMS = {
+    "RS256": ("RSA", b"SHA256"), "RS384": ("RSA", b"SHA384"), "RS512": ("RSA", b"SHA512"),
+    "PS256": ("RSA", b"SHA256"), "PS384": ("RSA", b"SHA384"), "PS512": ("RSA", b"SHA512"),
+    "ES256": ("P-256", b"SHA256"), "ES384": ("P-384", b"SHA384"), "EdDSA": ("Ed25519", None),
+}
+_CURVES = {"P-256": ("EC", 32), "P-384": ("EC", 48), "Ed25519": ("OKP", 32)}   # kty, bytes of a coordinate
+# DER of the AlgorithmIdentifier of a public key (RFC 3279 section 2.3, RFC 5480, RFC 8410)
+_KEY_KINDS = {kind: bytes.fromhex(text) for kind, text in {
+    "RSA": "300d06092a864886f70d0101010500", "P-256": "301306072a8648ce3d020106082a8648ce3d030107",
+    "P-384": "301006072a8648ce3d020106052b81040022", "Ed25519": "300506032b6570"}.items()}
+
+
+def _libcrypto_names() -> Iterator[str]:
+    """Where libcrypto may be: first the one that Python's own modules have loaded, found through them."""
+    for module in ("_ssl", "_hashlib"):
+        with contextlib.suppress(ImportError):
+            yield getattr(importlib.import_module(module), "__file__", "")
+    if sys.platform == "darwin":        # the one in /usr/lib ends every process that loads it
+        for folder in ("/opt/homebrew", "/usr/local"):
+            yield f"{folder}/opt/openssl@3/lib/libcrypto.3.dylib"
+        return
+    yield from ("libcrypto.so.3", "libcrypto.so.1.1", "libcrypto-3.dll", "libcrypto-3-x64.dll",
+                "libcrypto-1_1.dll", "libcrypto-1_1-x64.dll")
+    yield ctypes.util.find_library("crypto") or ""
+
+
+class LibCrypto:
+    """OpenSSL's libcrypto, 1.1.1 or 3, as the system has it: the functions of _LIBCRYPTO are its attributes.
+
+    A call that fails leaves the reason in a queue of its thread, where the next call of the module ssl would
+    take it for its own: whoever sees a failure calls ERR_clear_error().
+    """
+
+    def __init__(self, names: Callable[[], Iterable[str]] = _libcrypto_names) -> None:
+        """Raises SetupError where there is none."""
+        if ctypes is None:
+            raise SetupError("libcrypto cannot be used, as this Python lacks ctypes of its standard library")
+        for name in filter(None, names()):
+            with contextlib.suppress(OSError, AttributeError):
+                self._load(name)
+                return
+        raise SetupError("OpenSSL's libcrypto 1.1.1 or 3 was not found: install it (apt install openssl "
+                         "on Debian and Ubuntu, dnf install openssl-libs on RHEL, brew install openssl@3 on macOS)")
+
+    def _load(self, path: str) -> None:
+        """Raises OSError or AttributeError where it is not to be had or lacks something."""
+        library = ctypes.PyDLL(path)
+        slow = ctypes.CDLL(path, handle=library._handle)
+        kinds = {"-": None, "P": ctypes.c_void_p, "B": ctypes.c_char_p, "I": ctypes.c_int, "L": ctypes.c_long,
+                 "Z": ctypes.c_size_t}
+        for name, signature in _LIBCRYPTO.items():
+            function = getattr(slow if name in _SLOW else library, name)
+            function.restype, *function.argtypes = [kinds[letter] for letter in signature]
+            setattr(self, name, function)
+        number = self.OpenSSL_version_num()
+        if number >> 28 != 3 and number >> 12 != 0x10101:       # LibreSSL says 2.0
+            raise AttributeError("version")
+
+
+class _Cipher:
+    """AES-256-GCM with a key in one direction: a context and a buffer, for one call at a time."""
+
+    def __init__(self, crypto: LibCrypto, key: bytes, encrypt: int) -> None:
+        self._crypto, self._size = crypto, -1
+        self.context, self.length = crypto.EVP_CIPHER_CTX_new(), ctypes.c_int()
+        self.length_at = ctypes.addressof(self.length)
+        if not self.context or not crypto.EVP_CipherInit_ex(
+                self.context, crypto.EVP_aes_256_gcm(), None, key, None, encrypt):
+            crypto.ERR_clear_error()
+            raise ValueError("this libcrypto has no AES-256-GCM")
+
+    def __del__(self) -> None:
+        self._crypto.EVP_CIPHER_CTX_free(self.context)
+
+    def buffer(self, size: int) -> Any:
+        """One of at least `size` bytes: a power of two, as ctypes keeps a type for each size for ever."""
+        if size > self._size:
+            self._size = 1 << max(10, size.bit_length())
+            self._buffer = ctypes.create_string_buffer(self._size)
+        return self._buffer
+
+    def begin(self, nonce: bytes, data: bytes) -> int:
+        """Start anew, with data that is authenticated only; 0 when that fails."""
+        crypto, context = self._crypto, self.context
+        return (crypto.EVP_CipherInit_ex(context, None, None, None, nonce, -1)
+                and (not data or crypto.EVP_CipherUpdate(context, None, self.length_at, data, len(data))))
+
+
+class AESGCM:
+    """AES-256-GCM (NIST SP 800-38D) with one key, for any thread. A nonce must never come twice with a key.
+
+    500 bytes take 3 us.
+    """
+
+    def __init__(self, crypto: LibCrypto, key: bytes) -> None:
+        """Raises ValueError for a key that is not 32 bytes long."""
+        if len(key) != 32:
+            raise ValueError("a key of AES-256 has 32 bytes")
+        self._crypto, self._key = crypto, key
+        self._idle: tuple = ([_Cipher(crypto, key, 0)], [_Cipher(crypto, key, 1)])      # to open, and to seal
+
+    def seal(self, nonce: bytes, plaintext: bytes, data: bytes) -> bytes:
+        """The ciphertext with its tag of 16 bytes. `data` is not in it, but opening it takes the same."""
+        cipher, crypto, size = self._taken(1, nonce), self._crypto, len(plaintext)
+        buffer = cipher.buffer(size + TAG_BYTES)
+        if not (cipher.begin(nonce, data)
+                and crypto.EVP_CipherUpdate(cipher.context, buffer, cipher.length_at, plaintext, size)
+                and crypto.EVP_CipherFinal_ex(cipher.context, buffer, cipher.length_at)
+                and crypto.EVP_CIPHER_CTX_ctrl(cipher.context, _GET_TAG, TAG_BYTES,
+                                               ctypes.byref(buffer, size))):
+            self._fail("libcrypto cannot encrypt this")
+        return self._give_back(1, cipher, buffer[:size + TAG_BYTES])
+
+    def open(self, nonce: bytes, ciphertext: bytes, data: bytes) -> bytes:
+        """The plaintext. Raises ValueError unless all three are as they were sealed with this key."""
+        cipher, crypto, size = self._taken(0, nonce), self._crypto, len(ciphertext) - TAG_BYTES
+        if size < 0:
+            raise ValueError("a ciphertext has a tag of 16 bytes at least")
+        buffer = cipher.buffer(size)
+        if not (cipher.begin(nonce, data)
+                and crypto.EVP_CIPHER_CTX_ctrl(cipher.context, _SET_TAG, TAG_BYTES, ciphertext[size:])
+                and crypto.EVP_CipherUpdate(cipher.context, buffer, cipher.length_at, ciphertext, size)
+                and crypto.EVP_CipherFinal_ex(cipher.context, buffer, cipher.length_at)):
+            self._fail("this was not encrypted with this key, or was changed")
+        return self._give_back(0, cipher, buffer[:size])
+
+    def _taken(self, encrypt: int, nonce: bytes) -> _Cipher:
+        if len(nonce) != NONCE_BYTES:
+            raise ValueError("a nonce has 12 bytes")
+        try:
+            return self._idle[encrypt].pop()            # one step, so that no two threads get the same
+        except IndexError:
+            return _Cipher(self._crypto, self._key, encrypt)
+
+    def _give_back(self, encrypt: int, cipher: _Cipher, result: bytes) -> bytes:
+        if len(result) < KEPT_BUFFER:
+            self._idle[encrypt].append(cipher)
+        return result
+
+    def _fail(self, reason: str) -> None:
+        """Its cipher is not given back: nobody gets one that is in the midst of something."""
+        self._crypto.ERR_clear_error()
+        raise ValueError(reason)
+
+
+# -- signatures by public keys
+
+def base64url_bytes(text: Any) -> bytes:
+    """What base64url without padding means (RFC 7515 section 2). Raises ValueError for anything else, such as
+    a second spelling of the same bytes, by unused bits that are set."""
+    with contextlib.suppress(ValueError, TypeError):
+        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        if base64.urlsafe_b64encode(data).rstrip(b"=") == text.encode():
+            return data
+    raise ValueError("must be base64url without padding")
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    """A value in DER (X.690 section 8.1): tag, length, content."""
+    content = b"".join(parts)
+    length = len(content).to_bytes((len(content).bit_length() + 7) // 8 or 1, "big")
+    if len(content) > 127:
+        length = bytes([0x80 | len(length)]) + length
+    return bytes([tag]) + length + content
+
+
+def _der_integers(*numbers: int) -> bytes:
+    """A SEQUENCE of INTEGERs: an RSA key (RFC 8017 A.1.1), an ECDSA signature (RFC 3279 section 2.2.3)."""
+    return _der(0x30, *(_der(2, number.to_bytes(number.bit_length() // 8 + 1, "big")) for number in numbers))
+
+
+def _rsa_key(modulus: int, exponent: int) -> bytes:
+    low, high = RSA_BITS
+    if not low <= modulus.bit_length() <= high:
+        raise ValueError(f"an RSA key must have {low} to {high} bits")
+    if not (modulus % 2 and exponent % 2 and 3 <= exponent < 1 << 32):
+        raise ValueError("an RSA key must have an odd modulus and an odd exponent from 3 on")
+    return _der_integers(modulus, exponent)
+
+
+class PublicKey:
+    """A key that checks signatures, for any thread. `kind` is RSA, P-256, P-384 or Ed25519."""
+
+    def __init__(self, crypto: LibCrypto, kind: str, key: bytes) -> None:
+        """`key` as it stands in a SubjectPublicKeyInfo (RFC 5280 section 4.1). Raises ValueError where
+        libcrypto does not take it, as of a point that is not on the curve."""
+        self.kind, self._crypto = kind, crypto
+        data = _der(0x30, _KEY_KINDS[kind], _der(3, b"\0", key))
+        place = ctypes.c_char_p(data)                   # d2i_PUBKEY moves the pointer, not the bytes
+        self._key = crypto.d2i_PUBKEY(None, ctypes.addressof(place), len(data))
+        if not self._key:
+            crypto.ERR_clear_error()
+            raise ValueError(f"is no key of {kind}")
+
+    def __del__(self) -> None:
+        self._crypto.EVP_PKEY_free(self._key)
+
+    @classmethod
+    def from_jwk(cls, crypto: LibCrypto, jwk: dict) -> PublicKey:
+        """The key in a JSON Web Key (RFC 7518 section 6, RFC 8037). Raises ValueError for one that is wrong,
+        too small or of another kind. Private parts are not looked at."""
+        if jwk.get("kty") == "RSA":
+            numbers = (int.from_bytes(base64url_bytes(jwk.get(name)), "big") for name in ("n", "e"))
+            return cls(crypto, "RSA", _rsa_key(*numbers))
+        kind = str(jwk.get("crv"))
+        kty, size = _CURVES.get(kind, ("", 0))
+        if not kty or jwk.get("kty") != kty:
+            raise ValueError("must be a key of RSA, EC with P-256 or P-384, or Ed25519")
+        point = [base64url_bytes(jwk.get(name)) for name in ("x", "y")[:1 + (kty == "EC")]]
+        if any(len(coordinate) != size for coordinate in point):
+            raise ValueError(f"the coordinates of {kind} have {size} bytes")
+        uncompressed = b"\4" * (kty == "EC")            # SEC 1 section 2.3.3
+        return cls(crypto, kind, uncompressed + b"".join(point))
+
+    def verify(self, alg: str, message: bytes, signature: bytes) -> bool:
+        """Whether `signature` is this key's of `message` by an algorithm of JWS_ALGORITHMS; never by one that
+        is for another kind of key."""
+        kind, digest = JWS_ALGORITHMS.get(alg, ("", None))
+        if kind != self.kind:
+            return False
+        if alg.startswith("ES"):
+            signature = self._der_signature(signature)
+        crypto, context = self._crypto, self._crypto.EVP_MD_CTX_new()
+        try:
+            if context and self._begin(context, alg, digest) and crypto.EVP_DigestVerify(
+                    context, signature, len(signature), message, len(message)) == 1:
+                return True
+            crypto.ERR_clear_error()
+            return False
+        finally:
+            crypto.EVP_MD_CTX_free(context)
+
+    def _begin(self, context: int, alg: str, digest: Optional[bytes]) -> bool:
+        crypto, settings = self._crypto, ctypes.c_void_p()
+        algorithm = crypto.EVP_get_digestbyname(digest) if digest else None
+        if crypto.EVP_DigestVerifyInit(context, ctypes.addressof(settings), algorithm, None, self._key) != 1:
+            return False
+        pss = ((b"rsa_padding_mode", b"pss"), (b"rsa_pss_saltlen", b"digest"), (b"rsa_mgf1_md", digest))
+        return not alg.startswith("PS") or all(
+            crypto.EVP_PKEY_CTX_ctrl_str(settings, name, value) == 1 for name, value in pss)
+
+    def _der_signature(self, signature: bytes) -> bytes:
+        """r and s of a JWS (RFC 7518 section 3.4) as libcrypto takes them; nothing, which is no signature,
+        where the length is not theirs or one is 0."""
+        size = _CURVES[self.kind][1]
+        r, s = (int.from_bytes(half, "big") for half in (signature[:size], signature[size:]))
+        return _der_integers(r, s) if r and s and len(signature) == 2 * size else b""
 
 
 # =============================================================================
