@@ -90,7 +90,7 @@ try:
     from json.encoder import encode_basestring_ascii
     from pathlib import Path, PurePath
     from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
-    from urllib.parse import unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
+    from urllib.parse import quote_plus, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
 except ImportError as error:            # Debian's python3-minimal, or a Python that was built without SQLite
     if __name__ != "__main__":
         raise
@@ -107,6 +107,10 @@ try:
     import ctypes.util
 except ImportError:                     # a Python that was built without libffi
     ctypes = None
+try:
+    import ssl
+except ImportError:                     # a Python that was built without OpenSSL
+    ssl = None
 
 __version__ = "1.0.0"
 
@@ -2845,8 +2849,8 @@ class LibCrypto:
             with contextlib.suppress(OSError, AttributeError):
                 self._load(name)
                 return
-        raise SetupError("OpenSSL's libcrypto 1.1.1 or 3 was not found: install it (apt install openssl "
-                         "on Debian and Ubuntu, dnf install openssl-libs on RHEL, brew install openssl@3 on macOS)")
+        raise SetupError("OpenSSL's libcrypto 1.1.1 or 3 was not found: install it (Debian, Ubuntu: apt "
+                         "install openssl; RHEL: dnf install openssl-libs; macOS: brew install openssl@3)")
 
     def _load(self, path: str) -> None:
         """Raises OSError or AttributeError where it is not to be had or lacks something."""
@@ -6103,13 +6107,534 @@ class SignatureScheme:
         return fits
 
 
+# -- tokens
+
+KEY_PREFIX = "whk_"             # of the keys that keygen makes; nothing that begins so is a token
+LONGEST_TOKEN = 16384           # characters; identity providers stay below 4,000
+TOKENS_KEPT = 10000             # what was found about how many of them is remembered, some 500 bytes each
+JWKS_SECONDS = 3600.0           # from one fetch of the keys to the next
+JWKS_RETRY_SECONDS = 1.0        # after one that failed; the breaker makes it 30 s in the end
+NEW_KEY_SECONDS = 60.0          # a fetch for a key that is not known comes this often at most, whoever asks
+FETCH_SECONDS, FETCH_BYTES = 5.0, 1024 * 1024           # for a whole answer
+ACTIVE_SECONDS, INACTIVE_SECONDS = 60.0, 5.0            # how long an introspection is believed
+UNTIL_IT_WORKS = "tokens are answered 503 until it works"
+NO_KEYS = "has no key that can check signatures: RSA of 2048 bits or more, P-256, P-384, Ed25519"
+
+_SET_TEXT = {"type": "string", "minLength": 1, "maxLength": 2000}
+OAUTH_SCHEMA = {                        # of the member `oauth` of a document that says what a #/$defs/role is
+    "type": "object", "required": ["issuer", "audience"], "additionalProperties": False,
+    "properties": {
+        "issuer": _SET_TEXT, "audience": _SET_TEXT, "jwks_file": _SET_TEXT, "jwks_url": _SET_TEXT,
+        "introspection_url": _SET_TEXT, "client_id": _SET_TEXT, "client_secret_file": _SET_TEXT,
+        "leeway": {"type": "number", "minimum": 0, "maximum": 600},
+        "scopes": {"type": "object", "additionalProperties": {"$ref": "#/$defs/role"}},
+    },
+    "dependentRequired": {"introspection_url": ["client_id", "client_secret_file"],
+                          "client_id": ["introspection_url"], "client_secret_file": ["introspection_url"]},
+}
+DEFAULT_SCOPES = {"appointments:write": "sender", "appointments:read": "reader",
+                  "appointments:operate": "operator"}
+
+
+class MustWait(Exception):
+    """Whoever may not wait for the network hands the request over to a thread that may."""
+
+
+class Verified(NamedTuple):
+    """What a good token says: `client_id` and `subject`, "" where it does not, its scopes, and the Unix time
+    from which on it has to be looked at anew."""
+    client_id: str
+    subject: str
+    scopes: frozenset
+    expires: float
+
+
+class _Kept:
+    """What was found about tokens, each until its time by `clock`. With too many the first ones go."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._found, self._lock = clock, {}, threading.Lock()
+
+    def get(self, digest: bytes) -> Any:
+        """What was put, or None."""
+        until, what = self._found.get(digest, (0.0, None))
+        return what if self._clock() < until else None
+
+    def put(self, digest: bytes, until: float, what: Any) -> None:
+        """Keep `what` of the token with this SHA-256 (the token itself is nowhere kept)."""
+        with self._lock:
+            if len(self._found) >= TOKENS_KEPT:
+                del self._found[next(iter(self._found))]
+            self._found[digest] = (until, what)
+
+
+class Remote:
+    """JSON from one address, over HTTPS or this machine's HTTP. For any thread; a breaker spares it while it
+    fails. Proxies of the environment are not used and redirects not followed: a token or a secret goes to the
+    address that the operator gave, or nowhere."""
+
+    def __init__(self, name: str, url: str, tell: Callable[[str, str], Any],
+                 ticks: Callable[[], float]) -> None:
+        """Raises SetupError, which begins with the place `name`, for an address that cannot be used."""
+        self.trouble, self.breaker = "", Breaker(ticks)
+        self._where, self._tell, self._lock = f"{name.rpartition('/')[2]} {url}", tell, threading.Lock()
+        try:
+            self._parts = parts = urlsplit(url)
+            self._port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+            is_good = parts.hostname and "@" not in parts.netloc and "#" not in url and url.isprintable()
+        except (ValueError, KeyError):
+            is_good = False
+        if not is_good:
+            raise SetupError(f"{name}: must be an address such as https://idp.example/keys")
+        if parts.scheme == "http" and not _is_this_machine(parts.hostname):
+            raise SetupError(f"{name}: must be https: on its way it could be read and changed")
+        self._connection = http.client.HTTPConnection
+        if parts.scheme == "https":
+            if ssl is None:
+                raise SetupError(f"{name}: this Python lacks ssl of its standard library")
+            context = ssl.create_default_context()
+            self._connection = functools.partial(http.client.HTTPSConnection, context=context)
+
+    def ask(self, read: Callable[[Any], Any], meanwhile: str, body: Optional[str] = None,
+            fields: Optional[dict] = None) -> Any:
+        """read(value) of the JSON that it gives; `read` raises ValueError for what makes no sense. Raises
+        Refusal 503 when nothing is to be had; `meanwhile` tells the operator what that means."""
+        if not self.breaker.allows():
+            raise _not_now(self.trouble)
+        try:
+            result = read(parse_json(self._fetch(body, fields or {}))[0])
+        except BaseException as error:                  # whatever it is, the breaker has to hear of its try
+            self.breaker.failed()
+            trouble = f"{printable(reason_of(error))}; {meanwhile}"
+            if self.breaker.state == "open":
+                trouble += f"; asked less often after {BREAKER_FAILURES} failures in a row (breaker open)"
+            self._report(trouble)
+            if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+                raise _not_now(trouble) from None
+            raise
+        self.breaker.succeeded()
+        self._report("")
+        return result
+
+    def say(self, level: str, text: str) -> None:
+        """Tell the operator something about this address."""
+        self._tell(level, f"{self._where}: {text}")
+
+    def _report(self, trouble: str) -> None:
+        with self._lock:
+            changes, self.trouble = trouble != self.trouble, trouble
+            if changes and trouble:
+                self.say("ERROR", trouble)
+            elif changes:
+                self.say("INFO", "answers again")
+
+    def _fetch(self, body: Optional[str], fields: dict) -> bytes:
+        """Raises OSError, HTTPException or ValueError."""
+        late = threading.Event()
+        connection = self._connection(self._parts.hostname, self._port, timeout=FETCH_SECONDS)
+        connection.connect()
+        # A socket's own time limit begins anew with each byte that comes
+        timer = threading.Timer(FETCH_SECONDS, _cut, (connection.sock, late))
+        timer.daemon = True
+        try:
+            timer.start()
+            target = self._parts.path or "/"
+            if self._parts.query:
+                target += "?" + self._parts.query
+            fields = {"Accept": "application/json", "Connection": "close", **fields}
+            connection.request("GET" if body is None else "POST", target, body, fields)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ValueError(f"answered {response.status} instead of 200")
+            data = response.read(FETCH_BYTES + 1)
+        except (OSError, http.client.HTTPException):
+            if late.is_set():
+                raise TimeoutError(f"no whole answer in {FETCH_SECONDS:g} s") from None
+            raise
+        finally:
+            timer.cancel()
+            connection.close()
+        if len(data) > FETCH_BYTES:
+            raise ValueError(f"answered more than {FETCH_BYTES} bytes")
+        return data
+
+
+def _cut(connection: socket.socket, late: threading.Event) -> None:
+    """End a connection on which another thread waits."""
+    late.set()
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _not_now(trouble: str) -> Refusal:
+    return Refusal(503, "Tokens cannot be checked at the moment", note=trouble, fields=RETRY_AFTER)
+
+
+# -- tokens: keys
+
+class KeySet:
+    """The keys of a JWK Set (RFC 7517 section 5) that can check signatures; others are skipped."""
+
+    def __init__(self, crypto: LibCrypto, document: Any, clock: Callable[[], float]) -> None:
+        """Raises ValueError for what is no such set."""
+        self.document = document
+        self.kept = _Kept(clock)                        # what was found with these keys goes with them
+        self._keys: list = []                           # (kid or None, alg or None, PublicKey)
+        jwks = document.get("keys") if isinstance(document, dict) else None
+        if not isinstance(jwks, list):
+            raise ValueError('is no JWK set: {"keys": [...]}')
+        for jwk in jwks:
+            with contextlib.suppress(ValueError):
+                self._keys.append(self._usable(crypto, jwk))
+        self.ids = {kid for kid, _, _ in self._keys}
+
+    @staticmethod
+    def _usable(crypto: LibCrypto, jwk: Any) -> tuple:
+        """Raises ValueError for one that is not for us, or wrong."""
+        if not isinstance(jwk, dict):
+            raise ValueError("must be an object")
+        operations = jwk.get("key_ops", ["verify"])
+        if jwk.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
+            raise ValueError("is not for signatures")
+        kid = jwk.get("kid")
+        return kid if isinstance(kid, str) else None, jwk.get("alg"), PublicKey.from_jwk(crypto, jwk)
+
+    def fitting(self, kid: Optional[str], alg: str) -> list:
+        """The keys that a token names. To one that names none there has to be no choice: a single one."""
+        kind = JWS_ALGORITHMS[alg][0]
+        found = [key for its_kid, its_alg, key in self._keys
+                 if kid in (None, its_kid) and its_alg in (None, alg) and key.kind == kind]
+        return found if kid is not None or len(found) == 1 else []
+
+
+class KeyFile:
+    """Keys out of a file, read once."""
+
+    def __init__(self, keys: KeySet) -> None:
+        self.keys = keys
+
+    def of(self, kid: Optional[str], may_wait: bool) -> KeySet:
+        """The key set in which to look for a key."""
+        return self.keys
+
+
+class KeyFetcher:
+    """Keys from an address, fetched by a thread of its own: at start, every hour, and when a token names one
+    that is not known. What it gave last serves while it is down."""
+
+    def __init__(self, remote: Remote, read: Callable[[Any], KeySet], ticks: Callable[[], float],
+                 on_error: Callable[[str], Any]) -> None:
+        self.keys: Optional[KeySet] = None
+        self._remote, self._read, self._ticks = remote, read, ticks
+        self._loop = Loop("jwks", self._fetch, JWKS_SECONDS, on_error)
+        self._asked_at = -math.inf                      # when it was last asked for because of a new key
+        self._wanted = self._done = 0                   # fetches, numbered
+        self._ended = threading.Condition()
+        self.stop = self._loop.stop
+
+    def start(self) -> None:
+        """Begin with the first fetch; nobody waits for it but tokens."""
+        self._wanted = 1
+        self._loop.start()
+        self._loop.wake()
+
+    def of(self, kid: Optional[str], may_wait: bool) -> KeySet:
+        """The key set in which to look for a key, if need be after a fetch. Raises MustWait, Refusal 503."""
+        if not self._has(kid):
+            self._wait(may_wait)
+        if not self._has(kid) and (self.keys is None or self._remote.trouble):
+            raise _not_now(self._remote.trouble or "the keys have not been fetched yet")
+        return self.keys
+
+    def _has(self, kid: Optional[str]) -> bool:
+        return self.keys is not None and (kid is None or kid in self.keys.ids)
+
+    def _wait(self, may_wait: bool) -> None:
+        """Wait for a fetch, if one is under way or may be asked for."""
+        with self._ended:
+            may_ask = self.keys is not None and self._ticks() - self._asked_at >= NEW_KEY_SECONDS
+            if not may_ask and self._done == self._wanted:
+                return
+            if not may_wait:
+                raise MustWait
+            if may_ask:
+                self._asked_at = self._ticks()
+                self._wanted += 1
+                self._loop.wake()
+            wanted = self._wanted
+            self._ended.wait_for(lambda: self._done >= wanted, 2 * FETCH_SECONDS)
+
+    def _fetch(self) -> None:
+        """The step of the loop."""
+        wanted = self._wanted
+        self._loop.seconds = JWKS_RETRY_SECONDS
+        meanwhile = UNTIL_IT_WORKS
+        if self.keys is not None:
+            meanwhile = "the keys that it gave last serve on"
+        try:
+            keys = self._remote.ask(self._read, meanwhile)
+            self._loop.seconds = JWKS_SECONDS
+            if self.keys is None or keys.document != self.keys.document:
+                self.keys = keys
+                if not keys.ids:                        # the issuer may have withdrawn them, so we do, too
+                    self._remote.say("ERROR", NO_KEYS)
+        except Refusal:                                 # the remote has told of it
+            pass
+        finally:
+            with self._ended:
+                self._done = wanted
+                self._ended.notify_all()
+
+
+# -- tokens: what they say
+
+class _Claims:
+    """What the claims of a token have to say (RFC 7519 section 4.1)."""
+
+    def __init__(self, settings: dict, now: Callable[[], float]) -> None:
+        self._issuer, self._audience, self._now = settings["issuer"], settings["audience"], now
+        self._leeway = settings.get("leeway", 60)
+
+    def verified(self, claims: dict, must_have: Sequence[str] = ()) -> Verified:
+        """Who it is. Raises ValueError, which says why that is not proven."""
+        for name in must_have:
+            if name not in claims:
+                raise ValueError(f"has no {name}")
+        audience = claims.get("aud", self._audience)
+        if claims.get("iss", self._issuer) != self._issuer:
+            raise ValueError("is of another issuer")
+        if audience != self._audience and not (isinstance(audience, list) and self._audience in audience):
+            raise ValueError("is for another audience")
+        expires = self._checked_times(claims)
+        client_id, subject = (next((claims[name] for name in names if isinstance(claims.get(name), str)), "")
+                              for names in (("client_id", "azp"), ("sub",)))
+        return Verified(client_id, subject, _scopes_of(claims), expires)
+
+    def _checked_times(self, claims: dict) -> float:
+        """When it expires, the leeway included."""
+        times = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
+        for name, value in times.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"has an {name} that is no number")
+        now, expires = self._now(), times.pop("exp", math.inf) + self._leeway
+        if now >= expires:
+            raise ValueError(f"has expired {math.ceil(now - expires + self._leeway)} s ago")
+        for name, value in times.items():
+            if value - self._leeway > now:
+                raise ValueError(f"has an {name} that is {math.ceil(value - now)} s ahead")
+        return expires
+
+
+def _scopes_of(claims: dict) -> frozenset:
+    """RFC 8693 section 4.2: a text with spaces. Azure AD and Okta call it scp; there it may be a list."""
+    scopes = claims.get("scope", claims.get("scp"))
+    if isinstance(scopes, str):
+        scopes = scopes.split(" ")
+    if not isinstance(scopes, list):
+        scopes = []
+    return frozenset(scope for scope in scopes if isinstance(scope, str) and scope)
+
+
+def _digest_of(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _object_in(part: str, what: str) -> dict:
+    try:
+        value = parse_json(base64url_bytes(part))[0]
+    except ValueError:                                  # JSONError is one: what it quotes is a place
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"has {what} that cannot be read")
+    return value
+
+
+class SignedTokens:
+    """JWTs (RFC 7519) with a signature (RFC 7515), checked here as RFC 8725 advises: the algorithm has to be
+    one of ours and of the key's kind, and the key one of the issuer's; what a token says of keys (jku, jwk,
+    x5u, x5c) is not looked at."""
+
+    def __init__(self, source: Union[KeyFile, KeyFetcher], claims: _Claims) -> None:
+        self._source, self._claims = source, claims
+
+    def verified(self, token: str, may_wait: bool) -> Verified:
+        """Raises ValueError, MustWait, Refusal 503."""
+        digest, keys = _digest_of(token), self._source.keys
+        kept = keys and keys.kept.get(digest)
+        if kept:
+            return kept
+        parts = token.split(".")
+        if len(parts) != 3:
+            raise ValueError("is no JWT: it has not three parts")
+        header, signature = _object_in(parts[0], "a header"), base64url_bytes(parts[2])
+        alg, kid = header.get("alg"), header.get("kid", None)
+        if not isinstance(alg, str) or alg not in JWS_ALGORITHMS:
+            raise ValueError("is signed by an algorithm that is not taken")
+        if "crit" in header:                            # we understand none (RFC 7515 section 4.1.11)
+            raise ValueError("has extensions that must be understood")
+        if "kid" in header and not isinstance(kid, str):
+            raise ValueError("has a kid that is no text")
+        keys = self._source.of(kid, may_wait)
+        fitting = keys.fitting(kid, alg)
+        if not fitting:
+            raise ValueError("is of a key that is not known")
+        signed = f"{parts[0]}.{parts[1]}".encode()
+        if not any(key.verify(alg, signed, signature) for key in fitting):
+            raise ValueError("has a signature that does not fit")
+        verified = self._claims.verified(_object_in(parts[1], "claims"), ("iss", "aud", "exp"))
+        keys.kept.put(digest, verified.expires, verified)
+        return verified
+
+
+class IntrospectedTokens:
+    """Tokens of any form, of which their issuer says whether they are good (RFC 7662)."""
+
+    def __init__(self, remote: Remote, client: tuple, claims: _Claims, now: Callable[[], float],
+                 ticks: Callable[[], float]) -> None:
+        """`client` is the id and secret by which the issuer knows us."""
+        self._remote, self._claims, self._now, self._ticks = remote, claims, now, ticks
+        # RFC 6749 section 2.3.1
+        pair = ":".join(map(quote_plus, client)).encode()
+        self._fields = {"Authorization": "Basic " + base64.b64encode(pair).decode(),
+                        "Content-Type": "application/x-www-form-urlencoded"}
+        # Apart: whoever invents tokens does not make us forget the good ones
+        self._good, self._bad = _Kept(ticks), _Kept(ticks)
+
+    def verified(self, token: str, may_wait: bool) -> Verified:
+        """Raises ValueError, MustWait, Refusal 503."""
+        digest = _digest_of(token)
+        kept, problem = self._good.get(digest), self._bad.get(digest)
+        if kept:
+            return kept
+        if problem:
+            raise ValueError(problem)
+        if not may_wait:
+            raise MustWait
+        body = urlencode({"token": token, "token_type_hint": "access_token"})
+        answer = self._remote.ask(_introspection, UNTIL_IT_WORKS, body, self._fields)
+        try:
+            if not answer["active"]:
+                raise ValueError("is not active")
+            verified = self._claims.verified(answer)
+        except ValueError as error:
+            self._bad.put(digest, self._ticks() + INACTIVE_SECONDS, str(error))
+            raise
+        seconds = min(verified.expires - self._now(), ACTIVE_SECONDS)
+        verified = verified._replace(expires=self._now() + seconds)
+        self._good.put(digest, self._ticks() + seconds, verified)
+        return verified
+
+
+def _introspection(answer: Any) -> dict:
+    if not isinstance(answer, dict) or not isinstance(answer.get("active"), bool):
+        raise ValueError("answered no introspection (RFC 7662)")
+    return answer
+
+
+class Tokens:
+    """Bearer tokens of one issuer, checked as the settings `oauth` of a clients file say. For any thread."""
+
+    def __init__(self, settings: dict, folder: str, crypto: Optional[LibCrypto],
+                 tell: Callable[[str, str], Any], now: Callable[[], float] = time.time,
+                 ticks: Callable[[], float] = time.monotonic,
+                 on_error: Callable[[str], Any] = _no_error) -> None:
+        """`settings` are valid by OAUTH_SCHEMA; names of files in them begin in `folder`. Only introspection
+        does without `crypto`. tell(level, text) hears when the issuer cannot be asked, and when it can again.
+        Raises SetupError."""
+        self.settings, self.scopes = settings, settings.get("scopes", DEFAULT_SCOPES)
+        self._folder, self._claims = Path(folder), _Claims(settings, now)
+        self._remote: Optional[Remote] = None
+        self._fetcher: Optional[KeyFetcher] = None
+        ways = [name for name in ("jwks_file", "jwks_url", "introspection_url") if name in settings]
+        if len(ways) != 1:
+            raise SetupError("clients: /oauth: takes one of jwks_file, jwks_url and introspection_url")
+        place = f"clients: /oauth/{ways[0]}"
+        self._read = functools.partial(KeySet, crypto, clock=now)
+        if ways == ["jwks_file"]:
+            self._checker: Any = SignedTokens(KeyFile(self._keys_in_file(place)), self._claims)
+            return
+        self._remote = Remote(place, settings[ways[0]], tell, ticks)
+        if ways == ["jwks_url"]:
+            self._fetcher = KeyFetcher(self._remote, self._read, ticks, on_error)
+            self._checker = SignedTokens(self._fetcher, self._claims)
+        else:
+            client = (settings["client_id"], self._secret())
+            self._checker = IntrospectedTokens(self._remote, client, self._claims, now, ticks)
+
+    def _keys_in_file(self, place: str) -> KeySet:
+        path = self._folder / self.settings["jwks_file"]
+        check_place(place, str(path))
+        try:
+            keys = self._read(parse_json(path.read_bytes())[0])
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{place}: {path}: {reason_of(error)}") from None
+        if not keys.ids:
+            raise SetupError(f"{place}: {path}: {NO_KEYS}")
+        return keys
+
+    def _secret(self) -> str:
+        place, path = "clients: /oauth/client_secret_file", self._folder / self.settings["client_secret_file"]
+        check_place(place, str(path))
+        try:
+            secret = path.read_text("utf-8").rstrip("\r\n")
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{place}: {path}: {reason_of(error)}") from None
+        if not secret:
+            raise SetupError(f"{place}: {path}: is empty")
+        return secret
+
+    def adopt(self, before: Tokens) -> None:
+        """Before start(): begin with the keys that the same address gave those that a reload replaces."""
+        if (self._fetcher is not None and before._fetcher is not None and before._fetcher.keys is not None
+                and self.settings["jwks_url"] == before.settings["jwks_url"]):
+            self._fetcher.keys = self._read(before._fetcher.keys.document)
+
+    def start(self) -> None:
+        """Begin to fetch keys, where they come from an address."""
+        if self._fetcher is not None:
+            self._fetcher.start()
+
+    def stop(self) -> None:
+        """Fetch no more."""
+        if self._fetcher is not None:
+            self._fetcher.stop()
+
+    @property
+    def trouble(self) -> str:
+        """Why the issuer cannot be asked just now, or ""."""
+        return self._remote.trouble if self._remote is not None else ""
+
+    @property
+    def breaker(self) -> str:
+        """closed, open or half-open; "" where nobody is asked."""
+        return self._remote.breaker.state if self._remote is not None else ""
+
+    def verify(self, token: str, may_wait: bool) -> Verified:
+        """Who it proves. Raises Refusal 401 whose note says why it proves nobody (and nothing of the token),
+        Refusal 503 while the issuer cannot be asked, and without `may_wait` MustWait where that takes time."""
+        try:
+            if token.startswith(KEY_PREFIX):            # a secret that the issuer must not see
+                raise ValueError("is one of our keys, and not a known one")
+            if len(token) > LONGEST_TOKEN:
+                raise ValueError(f"is longer than {LONGEST_TOKEN} characters")
+            return self._checker.verified(token, may_wait)
+        except ValueError as error:
+            raise Refusal(401, "This token proves nobody", note=f"the token {error}") from None
+
+
 # =============================================================================
 # Access: who may do what: clients and their keys, roles, networks and rates. Knows no socket and no route.
 # =============================================================================
 
 ROLES = ("sender", "reader", "operator", "admin")
 ANYBODY = ""                    # the role of what needs none
-KEY_PREFIX = "whk_"             # of the keys that keygen makes
 MOST_SECRETS = 100              # of signatures: each that could be meant is tried with each signed request
 ADDRESSES_KEPT = 10000          # of unknown senders, each with some 300 bytes
 REFUSALS, REFUSALS_SECONDS = 20, 60.0   # wrong credentials of an address, after which it hears 429
@@ -6142,8 +6667,9 @@ CLIENT_SCHEMA = {
 CLIENTS_SCHEMA = {
     "type": "object",
     "required": ["clients"],
-    "properties": {"clients": {"type": "array", "items": CLIENT_SCHEMA}},
+    "properties": {"clients": {"type": "array", "items": CLIENT_SCHEMA}, "oauth": OAUTH_SCHEMA},
     "additionalProperties": False,
+    "$defs": {"role": {"enum": list(ROLES)}},           # for OAUTH_SCHEMA
 }
 
 
