@@ -18,6 +18,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import http.server
 import inspect
 import io
 import itertools
@@ -6549,6 +6550,914 @@ json.dump([globals()[name](*arguments) for name, *arguments in asked], sys.stdou
             with self.subTest(library, fields=fields):
                 self.assertEqual(not self.problem(library, fields, BODY.decode(), time.time()), taken)
         self.assertEqual(sum(theirs), 18)       # three libraries, two times, three edits: nothing else passes
+
+
+LOCALHOST_PEM = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXMbWP9r/tOzp50dG
+R3lT6csMXIIF5W2QPjbFT7qJ03ChRANCAAQWhdDdl5mqXMr3CYqmVk3HfiICGJ27
+bj9gCCb4VK+gTIByu1CluirAfSXs+cZn2nL7QQKq/OOt9kka9/SrbIIm
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBeDCCAR2gAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABBaF0N2XmapcyvcJ
+iqZWTcd+IgIYnbtuP2AIJvhUr6BMgHK7UKW6KsB9Jez5xmfacvtBAqr84632SRr3
+9KtsgiajXjBcMBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQUKVqYk7u5EUYq+46cO0RG
+dldnDaYwCgYIKoZIzj0EAwIDSQAwRgIhAOSN9U5/WcsqDkfwGNbJNPmEuctVwxT8
+pslIS3d4ZS5dAiEAlQJKJzTbtWjKc133/jdVxdIL/nLQBVJxcIYtEH4LZXY=
+-----END CERTIFICATE-----
+"""             # made for these tests: a key and its certificate, until 2120
+
+
+class Issuer:
+    """An identity provider on a free port, over HTTPS with a folder for its certificate. answer(handler) answers each
+    request; without it the JSON `document` is."""
+
+    def __init__(self, test, document=None, folder=None):
+        self.document, self.requests, issuer = document, [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                issuer.requests.append((self.command, self.path, dict(self.headers), body))
+                issuer.answer(self)
+
+            do_POST = do_GET
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads, scheme = True, "http"
+        self.server.handle_error = lambda *arguments: None
+        if folder is not None:
+            scheme, path = "https", folder / "localhost.pem"
+            path.write_text(LOCALHOST_PEM)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(path)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True,
+                                                     do_handshake_on_connect=False)
+        self.url = f"{scheme}://localhost:{self.server.server_port}/keys"
+        thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        test.addCleanup(thread.join)
+        test.addCleanup(self.server.server_close)
+        test.addCleanup(self.server.shutdown)
+
+    def answer(self, handler):
+        self.send(handler, 200, json.dumps(self.document).encode())
+
+    def send(self, handler, status, body, **fields):
+        with contextlib.suppress(OSError):              # who asks may have gone
+            handler.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **fields}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+
+class OauthTest(FolderTest):
+    """What the tests of tokens use: a signer, two clocks, tokens that are good but for what is changed."""
+    NOW = 1700000000
+    SETTINGS = {"issuer": "https://idp.example", "audience": "appointments"}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.signer = Signer()
+
+    def setUp(self):
+        super().setUp()
+        self.clock, self.ticks, self.told = FakeClock(), FakeClock(), []
+        self.clock.time = self.NOW
+
+    @staticmethod
+    def jwk(kind, **members):
+        """The public key of a kind, which is its kid, too; members that are ... are left out."""
+        whole = {"kid": kind, **KEY_PAIRS[kind][1], **members}
+        return {name: value for name, value in whole.items() if value is not ...}
+
+    def tokens(self, **settings):
+        """Tokens with keys of all kinds in a file, or whatever the settings say."""
+        if not {"jwks_url", "introspection_url"} & set(settings):
+            keys = settings.pop("keys", [self.jwk(kind) for kind in KEY_PAIRS])
+            settings["jwks_file"] = "jwks.json"
+            (self.folder / "jwks.json").write_text(json.dumps({"keys": keys}))
+        tokens = receiver.Tokens({**self.SETTINGS, **settings}, str(self.folder), self.signer.crypto,
+                                 lambda level, text: self.told.append((level, text)), self.clock, self.ticks)
+        self.addCleanup(tokens.stop)
+        return tokens
+
+    def claims(self, **members):
+        whole = {"iss": "https://idp.example", "aud": "appointments", "exp": self.NOW + 300, "sub": "robot",
+                 **members}
+        return {name: value for name, value in whole.items() if value is not ...}
+
+    def token(self, alg="EdDSA", header=(), **claims):
+        """A signed token; `header` has further members, claims that are ... are left out."""
+        whole = {"alg": alg, "kid": receiver.JWS_ALGORITHMS[alg][0], **dict(header)}
+        return self.signed({name: value for name, value in whole.items() if value is not ...},
+                           self.claims(**claims), alg)
+
+    def signed(self, header, claims, alg="EdDSA"):
+        """A token of two values, or of the bytes that stand for them."""
+        message = f"{base64url(header)}.{base64url(claims)}"
+        return f"{message}.{base64url(self.signer.sign(alg, message.encode()))}"
+
+    def refuses(self, tokens, token, note, may_wait=False):
+        with self.assertRaises(receiver.Refusal) as raised:
+            tokens.verify(token, may_wait)
+        self.assertEqual(raised.exception.status, 401, raised.exception.note)
+        self.assertRegex(raised.exception.note, note)
+        for part in filter(None, token.split(".")):
+            self.assertNotIn(part, raised.exception.note + raised.exception.message)
+
+    def has_no_keys(self, tokens, token, may_wait=True):
+        with self.assertRaises(receiver.Refusal) as raised:
+            tokens.verify(token, may_wait)
+        refusal = raised.exception
+        self.assertEqual((refusal.status, "Retry-After" in refusal.fields), (503, True), refusal.note)
+        return refusal.note
+
+
+class OauthSettingsTest(OauthTest):
+
+    def read(self, oauth):
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": [], "oauth": oauth}))
+        return receiver.read_clients(str(path), False).oauth
+
+    def test_what_is_wrong_in_the_clients_file_is_named(self):
+        good = {**self.SETTINGS, "jwks_file": "jwks.json"}
+        asked = {**self.SETTINGS, "introspection_url": "https://x", "client_id": "a",
+                 "client_secret_file": "b"}
+        for oauth in (good, asked, {**good, "leeway": 0}, {**good, "scopes": {"x": "admin"}},
+                      {**good, "scopes": {}}):
+            self.assertEqual(self.read(oauth), oauth)
+        for oauth, place in (([], "/oauth"), ({"issuer": "x"}, "/oauth/audience"),
+                             ({**good, "issuer": ""}, "/oauth/issuer"),
+                             ({**good, "audience": ["a"]}, "/oauth/audience"),
+                             ({**good, "leeway": -1}, "/oauth/leeway"),
+                             ({**good, "leeway": "60"}, "/oauth/leeway"),
+                             ({**good, "jwk_file": "x"}, "/oauth/jwk_file"),
+                             ({**good, "scopes": {"x": "boss"}}, "/oauth/scopes/x"),
+                             ({**good, "client_id": "a"}, "/oauth/introspection_url"),
+                             ({**asked, "client_secret_file": 5}, "/oauth/client_secret_file"),
+                             ({**self.SETTINGS, "introspection_url": "https://x"}, "/oauth/client_id")):
+            with self.subTest(oauth), self.assertRaises(SetupError) as raised:
+                self.read(oauth)
+            self.assertIn(place + ":", str(raised.exception))
+
+    def test_keys_come_from_one_place(self):
+        for ways in ({}, {"jwks_file": "a", "jwks_url": "https://x"}):
+            with self.assertRaisesRegex(SetupError, "one of jwks_file, jwks_url and introspection_url"):
+                receiver.Tokens({**self.SETTINGS, **ways}, ".", self.signer.crypto, print)
+
+    def test_a_file_of_keys_that_is_no_good_is_one_line_with_its_name(self):
+        path = self.folder / "jwks.json"
+        for text, reason in ((None, "No such file"), ("{", "Invalid JSON"), ("[]", "no JWK set"),
+                             ('{"keys": {}}', "no JWK set"),
+                             ('{"keys": []}', "no key that"), ('{"keys": [{"kty": "oct", "k": "AAAA"}]}',
+                                                               "no key that"),
+                             ('{"keys": [], "keys": []}', "already has")):
+            if text is not None:
+                path.write_text(text)
+            with self.subTest(text), self.assertRaises(SetupError) as raised:
+                receiver.Tokens({**self.SETTINGS, "jwks_file": "jwks.json"}, str(self.folder),
+                                self.signer.crypto, print)
+            self.assertRegex(str(raised.exception), f"^clients: /oauth/jwks_file: .*jwks.json: .*{reason}")
+            self.assertNotIn("\n", str(raised.exception))
+        with self.assertRaisesRegex(SetupError, "folder"):
+            receiver.Tokens({**self.SETTINGS, "jwks_file": "."}, str(self.folder), self.signer.crypto, print)
+
+    def test_a_secret_that_is_missing_or_empty_is_one_line_that_does_not_show_it(self):
+        settings = {"introspection_url": "https://idp.example/", "client_id": "us",
+                    "client_secret_file": "secret"}
+        for data, reason in ((None, "No such file"), (b"", "is empty"), (b"\r\n", "is empty"),
+                             (b"s3cr\xff", "decode")):
+            if data is not None:
+                (self.folder / "secret").write_bytes(data)
+            with self.subTest(data), self.assertRaises(SetupError) as raised:
+                self.tokens(**settings)
+            self.assertRegex(str(raised.exception), f"^clients: /oauth/client_secret_file: .*{reason}")
+            self.assertNotIn("s3cr", str(raised.exception))
+        (self.folder / "secret").write_bytes(b"s3cret\n")
+        self.tokens(**settings)
+
+    def test_addresses_are_https_or_of_this_machine(self):
+        for url in ("https://idp.example", "https://idp.example:8443/a?b=c", "http://localhost:1/",
+                    "http://127.0.0.9/",
+                    "http://[::1]:8080/keys"):
+            self.tokens(jwks_url=url)
+        for url, reason in (("http://idp.example/", "must be https"),
+                            ("http://localhost.example/", "must be https"),
+                            ("http://10.0.0.1/", "must be https"), ("ftp://idp.example/", "such as"),
+                            ("idp.example", "such as"),
+                            ("https://", "such as"), ("https://a:b@idp.example/", "such as"),
+                            ("file:///etc/keys", "such as"),
+                            ("https://idp.example:port/", "such as"), ("https://idp.example/#a", "such as"),
+                            ("https://idp.example/a\nb", "such as"), ("https://[::1/", "such as")):
+            with self.subTest(url), self.assertRaisesRegex(SetupError,
+                                                           "^clients: /oauth/jwks_url: .*" + reason):
+                self.tokens(jwks_url=url)
+
+
+class OauthTokenTest(OauthTest):
+    """Tokens that are checked with keys."""
+
+    def test_a_token_of_each_algorithm_is_taken_and_not_when_a_byte_of_it_is_changed(self):
+        tokens = self.tokens()
+        for alg in receiver.JWS_ALGORITHMS:
+            with self.subTest(alg):
+                token = self.token(alg)
+                self.assertEqual(tokens.verify(token, False).subject, "robot")
+                head, claims, signature = token.split(".")
+                other = self.token(alg, sub="robin").split(".")
+                self.refuses(tokens, f"{head}.{other[1]}.{signature}", "signature")
+                self.refuses(tokens, f"{head}.{claims}.{other[2]}", "signature")
+                self.refuses(tokens, f"{base64url({'alg': alg, 'kid': receiver.JWS_ALGORITHMS[alg][0], 'a': 1})}"
+                                     f".{claims}.{signature}", "signature")
+                self.refuses(tokens, f"{head}.{claims}.{signature[:-4]}", "signature")
+                self.refuses(tokens, f"{head}.{claims}.", "signature")
+
+    def test_it_says_who_it_is_and_what_they_may(self):
+        tokens = self.tokens()
+        for claims, client_id, subject, scopes in (
+                ({}, "", "robot", ""), ({"client_id": "c", "azp": "a"}, "c", "robot", ""),
+                ({"azp": "a", "sub": ...}, "a", "", ""),
+                ({"client_id": 5, "azp": ["a"], "sub": {}}, "", "", ""),
+                ({"scope": "x:1 y"}, "", "robot", "x:1 y"),
+                ({"scope": " x  y "}, "", "robot", "x y"), ({"scp": "x y"}, "", "robot", "x y"),
+                ({"scp": ["x", "y z", "", 5]}, "", "robot", "x|y z"),
+                ({"scope": "x", "scp": "y"}, "", "robot", "x"),
+                ({"scope": "x\u00a0y"}, "", "robot", "x\u00a0y"), ({"scope": 5}, "", "robot", ""),
+                ({"scp": {"x": 1}}, "", "robot", "")):
+            with self.subTest(claims):
+                scopes = frozenset(filter(None, scopes.split("|" if "|" in scopes else " ")))
+                self.assertEqual(tokens.verify(self.token(**claims), False),
+                                 (client_id, subject, scopes, self.NOW + 360))
+
+    def test_scopes_are_roles_by_the_settings_or_by_default(self):
+        self.assertEqual(self.tokens().scopes, {"appointments:write": "sender", "appointments:read": "reader",
+                                                "appointments:operate": "operator"})
+        self.assertEqual(self.tokens(scopes={"x": "admin"}).scopes, {"x": "admin"})
+        self.assertLessEqual(set(receiver.DEFAULT_SCOPES.values()), set(receiver.ROLES))
+
+    def test_no_algorithm_but_ours_is_taken_whatever_key_it_names(self):
+        tokens = self.tokens()
+        for alg in ("none", "None", "NONE", "", "HS256", "HS384", "HS512", "rs256", "RS256 ", "RS1", "ES512",
+                    "ES256K",
+                    "RSA-OAEP", "dir", None, 5, True, ["RS256"], {"alg": "RS256"}, ...):
+            for kid in ("RSA", ...):
+                header = {"alg": alg, "kid": kid}
+                header = {name: value for name, value in header.items() if value is not ...}
+                message = f"{base64url(header)}.{base64url(self.claims())}"
+                for signature in ("", "AAAA", base64url(self.signer.sign("RS256", message.encode()))):
+                    with self.subTest(header, signature=signature[:4]):
+                        self.refuses(tokens, f"{message}.{signature}", "algorithm")
+
+    def test_a_public_key_is_no_secret_of_an_hmac(self):
+        tokens = self.tokens()
+        data = base64.b64decode(KEY_PAIRS["RSA"][0])
+        for secret in (KEY_PAIRS["RSA"][1]["n"].encode(), receiver.base64url_bytes(KEY_PAIRS["RSA"][1]["n"]),
+                       json.dumps(self.jwk("RSA")).encode(), b"", data):
+            for kid in ("RSA", ...):
+                header = {"alg": "HS256"} if kid is ... else {"alg": "HS256", "kid": kid}
+                message = f"{base64url(header)}.{base64url(self.claims())}"
+                digest = hmac.new(secret, message.encode(), "sha256").digest()
+                self.refuses(tokens, f"{message}.{base64url(digest)}", "algorithm")
+
+    def test_a_token_goes_with_the_key_that_it_names_and_with_no_other(self):
+        tokens = self.tokens()
+        tokens.verify(self.token(), False)
+        for kid in ("ed25519", "Ed25519 ", "", "../../../dev/null", "/dev/null", "' OR 1=1 --",
+                    "http://evil.example/key",
+                    "P-256", "RSA", "\u0000".join("ab"), "x" * 3000):
+            with self.subTest(kid):
+                self.refuses(tokens, self.token(header={"kid": kid}), "key that is not known|header")
+        for kid in (None, 5, True, ["Ed25519"], {"kid": "Ed25519"}):
+            with self.subTest(kid):
+                self.refuses(tokens, self.token(header={"kid": kid}), "kid that is no text")
+
+    def test_a_token_that_names_no_key_is_taken_where_there_is_no_choice(self):
+        tokens = self.tokens(keys=[self.jwk("Ed25519", kid=...), self.jwk("RSA"),
+                                   self.jwk("RSA", kid="other")])
+        tokens.verify(self.token(header={"kid": ...}), False)
+        self.refuses(tokens, self.token("RS256", {"kid": ...}), "key that is not known")
+        tokens.verify(self.token("RS256", {"kid": "other"}), False)
+        self.refuses(tokens, self.token(), "key that is not known")         # it names one, and that has no name
+        self.refuses(tokens, self.token("ES256", {"kid": ...}), "key that is not known")
+
+    def test_keys_that_a_token_brings_along_are_not_looked_at(self):
+        issuer = Issuer(self, {"keys": [self.jwk("P-256")]})
+        tokens = self.tokens(keys=[self.jwk("RSA")])
+        brought = {"jku": issuer.url, "x5u": issuer.url, "jwk": self.jwk("P-256"), "x5c": ["MIIB"],
+                   "x5t": "AA"}
+        for kid in ("P-256", "RSA", ...):
+            self.refuses(tokens, self.token("ES256", {**brought, "kid": kid}), "key that is not known")
+        self.assertEqual(tokens.verify(self.token("RS256", brought), False).subject, "robot")
+        self.assertEqual(issuer.requests, [])
+
+    def test_extensions_that_must_be_understood_are_not(self):
+        tokens = self.tokens()
+        for crit in (["b64"], ["exp"], [], None, "b64"):
+            self.refuses(tokens, self.token(header={"crit": crit, "b64": False, "exp": 5}), "extensions")
+        for header in ({"b64": True}, {"typ": "at+jwt"}, {"typ": "anything"}, {"cty": "x"}, {"exp": 5}):
+            tokens.verify(self.token(header=header), False)
+
+    def test_it_is_taken_from_its_beginning_to_its_end_and_a_leeway_around(self):
+        now = self.NOW
+        for leeway, exp, nbf, iat, note in (
+                (60, 1, 0, 0, ""), (60, -59, 0, 0, ""), (60, -60, 0, 0, "expired 60 s ago"),
+                (60, -3600, 0, 0, "expired 3600 s ago"),
+                (0, 1, 0, 0, ""), (0, 0, 0, 0, "expired"), (60, 1, 60, 0, ""),
+                (60, 1, 61, 0, "nbf that is 61 s ahead"),
+                (60, 1, 0, 60, ""), (60, 1, 0, 61, "iat that is 61 s ahead"), (0, 1, 1, 0, "nbf"),
+                (0, 1, 0, 1, "iat"),
+                (60, 10 ** 9, -10 ** 9, -10 ** 9, ""), (60, -59.5, 0.5, 59.5, ""), (0.5, 0, 0, 0.5, "")):
+            with self.subTest(leeway=leeway, exp=exp, nbf=nbf, iat=iat):
+                tokens = self.tokens(leeway=leeway)
+                token = self.token(exp=now + exp, nbf=now + nbf, iat=now + iat)
+                if note:
+                    self.refuses(tokens, token, note)
+                else:
+                    self.assertEqual(tokens.verify(token, False).expires, now + exp + leeway)
+
+    def test_times_are_numbers(self):
+        tokens = self.tokens()
+        text = json.dumps(self.claims(exp="EXP", nbf="NBF", iat="IAT"))
+        for exp, nbf, iat in (("1700000300", "0", "0"), ("1.7000003e9", "-1", "0.5"),
+                              ("1" + "0" * 90, "-1e300", "-0.0")):
+            claims = text.replace('"EXP"', exp).replace('"NBF"', nbf).replace('"IAT"', iat).encode()
+            self.assertEqual(tokens.verify(self.signed({"alg": "EdDSA", "kid": "Ed25519"}, claims),
+                                           False).subject, "robot")
+        for bad in ('"1700000300"', "true", "false", "null", "[1700000300]", "{}", "NaN", "Infinity",
+                    "-Infinity", "1e400",
+                    "1" + "0" * 101, "01700000300", "+1700000300", "1700000300.", "0x6553f1dc", "1e", ""):
+            for name in ("EXP", "NBF", "IAT"):
+                claims = text.replace(f'"{name}"', bad)
+                claims = claims.replace('"EXP"', "1700000300").replace('"NBF"', "0").replace('"IAT"',
+                                                                                             "0").encode()
+                with self.subTest(bad, name=name):
+                    self.refuses(tokens, self.signed({"alg": "EdDSA", "kid": "Ed25519"}, claims),
+                                 "that is no number|claims that cannot be read")
+
+    def test_it_is_for_us_and_from_the_issuer_that_we_trust(self):
+        tokens = self.tokens()
+        for claims, note in (
+                ({"iss": ...}, "has no iss"), ({"aud": ...}, "has no aud"), ({"exp": ...}, "has no exp"),
+                ({"iss": "https://idp.example/"}, "another issuer"),
+                ({"iss": "https://evil.example"}, "another issuer"),
+                ({"iss": "HTTPS://idp.example"}, "another issuer"),
+                ({"iss": ["https://idp.example"]}, "another issuer"),
+                ({"iss": None}, "another issuer"), ({"aud": "appointment"}, "another audience"),
+                ({"aud": "appointments "}, "another audience"), ({"aud": []}, "another audience"),
+                ({"aud": ["a", "b"]}, "another audience"), ({"aud": [["appointments"]]}, "another audience"),
+                ({"aud": {"appointments": 1}}, "another audience"), ({"aud": None}, "another audience"),
+                ({"aud": True}, "another audience")):
+            with self.subTest(claims):
+                self.refuses(tokens, self.token(**claims), note)
+        for aud in ("appointments", ["appointments"], ["other", 5, "appointments"]):
+            tokens.verify(self.token(aud=aud), False)
+
+    def test_header_and_claims_are_strict_json_objects(self):
+        tokens = self.tokens()
+        good = json.dumps(self.claims()).encode()
+        head = b'{"alg": "EdDSA", "kid": "Ed25519"}'
+        self.assertEqual(tokens.verify(self.signed(head, good), False).subject, "robot")
+        self.assertEqual(tokens.verify(self.signed(b" \n" + head, good + b"\t"), False).subject, "robot")
+        for bad in (b'{"alg": "none", "alg": "EdDSA", "kid": "Ed25519"}',
+                    b'{"alg": "EdDSA", "kid": "RSA", "kid": "Ed25519"}',
+                    b'{"alg": "EdDSA", "\\u0061lg": "none", "kid": "Ed25519"}', b"[]", b'"EdDSA"', b"null",
+                    b"", head + head,
+                    head[:-1], b"\xef\xbb\xbf" + head, head.decode().encode("utf-16"), b"\xff",
+                    b"{" * 70 + b"}" * 70,
+                    b'{"alg": "EdDSA", "kid": "Ed25519", "x": NaN}'):
+            with self.subTest(bad):
+                self.refuses(tokens, self.signed(bad, good), "header that cannot be read")
+        for bad in (good[:-1] + b', "sub": "admin"}', good[:-1] + b', "exp": 9999999999}', b"[" + good + b"]",
+                    b'"x"', b"", good + b"x",
+                    good.replace(b"robot", b"\xff"), good.replace(b"robot", b"\\ud800")):
+            with self.subTest(bad):
+                self.refuses(tokens, self.signed(head, bad), "claims that cannot be read")
+
+    def test_a_token_has_one_spelling(self):
+        tokens = self.tokens()
+        token = self.token()
+        head, claims, signature = token.split(".")
+        tokens.verify(token, False)
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+        other_bits = signature[:-1] + letters[letters.index(signature[-1]) | 1]
+        self.assertEqual(base64.urlsafe_b64decode(other_bits + "=="),
+                         base64.urlsafe_b64decode(signature + "=="))
+        for variant in (token + "=", token + "==", token + "\n", " " + token, token + " ", token + ".",
+                        "." + token, f"{head}.{claims}",
+                        f"{head}.{claims}.{signature}.x", f"{head}..{signature}", f".{claims}.{signature}",
+                        "", ".", "..", "...",
+                        f"{head}.{claims}.{other_bits}", f"{head}=.{claims}.{signature}",
+                        f"{head}.{claims[:9]}\n{claims[9:]}.{signature}",
+                        f"{head}.{claims}.{signature[:9]} {signature[9:]}",
+                        f"{head}.{claims}.+/{signature[2:]}",
+                        f"{head}.{claims}.\u00e4{signature[1:]}", f"{head}\u2024{claims}.{signature}",
+                        token.upper(), "\ud800",
+                        json.dumps({"payload": claims, "protected": head, "signature": signature})):
+            with self.subTest(variant):
+                self.refuses(tokens, variant, "^the token ")
+
+    def test_one_without_end_is_not_even_hashed(self):
+        with mock.patch.object(receiver.hashlib, "sha256", side_effect=AssertionError):
+            self.refuses(self.tokens(), "x" * 20000, "longer than 16384")
+
+    def test_keys_of_ours_are_never_taken_for_tokens(self):
+        self.refuses(self.tokens(), "whk_" + self.token(), "one of our keys")
+
+    def test_keys_that_are_not_for_this_are_skipped_beside_those_that_are(self):
+        good = self.jwk("Ed25519")
+        self.tokens(keys=[good, 5, None, "x", [], {}, {"kty": "oct", "k": "c2VjcmV0",
+                                                       "kid": "Ed25519"}]).verify(self.token(), False)
+        for members in ({"use": "enc"}, {"use": ["sig"]}, {"key_ops": ["sign"]}, {"key_ops": []},
+                        {"key_ops": "verify"},
+                        {"kty": "RSA"}, {"x": good["x"] + "="}, {"crv": "Ed448"}, {"alg": "ES256"},
+                        {"alg": 5}, {"kid": 5}):
+            with self.subTest(members):
+                tokens = self.tokens(keys=[self.jwk("Ed25519", **members), self.jwk("RSA")])
+                self.refuses(tokens, self.token(), "key that is not known")
+        for members in ({"use": "sig"}, {"key_ops": ["sign", "verify"]}, {"alg": "EdDSA"},
+                        {"x5c": 5, "other": 5}):
+            self.tokens(keys=[self.jwk("Ed25519", **members)]).verify(self.token(), False)
+        tokens = self.tokens(keys=[self.jwk("RSA", alg="PS256")])
+        tokens.verify(self.token("PS256"), False)
+        self.refuses(tokens, self.token("RS256"), "key that is not known")
+
+    def test_several_keys_of_one_name_are_all_tried(self):
+        keys = [self.jwk("RSA", kid="a", n=SIGNED_EXAMPLES[0][2]["n"]), self.jwk("RSA", kid="a"),
+                self.jwk("Ed25519", kid="a")]
+        tokens = self.tokens(keys=keys)
+        for alg in ("RS256", "EdDSA"):
+            self.assertEqual(tokens.verify(self.token(alg, {"kid": "a"}), False).subject, "robot")
+        self.refuses(tokens, self.token("ES256", {"kid": "a"}), "key that is not known")
+
+    def test_what_was_verified_is_remembered_until_it_expires_and_refusals_are_not(self):
+        tokens, token = self.tokens(), self.token()
+        with mock.patch.object(receiver.PublicKey, "verify", return_value=True) as verify:
+            for _ in range(3):
+                tokens.verify(token, False)
+            self.assertEqual(verify.call_count, 1)
+            self.clock.time += 359
+            tokens.verify(token, False)
+            self.assertEqual(verify.call_count, 1)
+            self.clock.time += 1
+            self.refuses(tokens, token, "expired")
+            self.assertEqual(verify.call_count, 2)
+        self.clock.time -= 360
+        for _ in range(2):
+            self.refuses(tokens, token[:-4], "signature")
+
+    def test_however_many_tokens_come_only_so_many_are_remembered(self):
+        with mock.patch.object(receiver, "TOKENS_KEPT", 10):
+            kept = receiver._Kept(self.clock)
+            for number in range(1000):
+                kept.put(b"%d" % number, self.NOW + 1, number)
+            self.assertEqual([kept.get(b"%d" % number) for number in (0, 989, 990, 999)],
+                             [None, None, 990, 999])
+            self.assertEqual(len(kept._found), 10)
+            self.clock.time += 1
+            self.assertIsNone(kept.get(b"999"))
+
+    def test_eight_threads_at_once_get_what_their_own_tokens_say(self):
+        tokens, results = self.tokens(), []
+        signed = [(str(number), self.token(sub=str(number))) for number in range(20)]
+
+        def work():
+            for subject, token in signed:
+                results.append(tokens.verify(token, False).subject == subject)
+                with contextlib.suppress(receiver.Refusal):
+                    results.append(tokens.verify(token[:-4] + "AAAA", False))
+
+        in_threads(8, work)
+        self.assertEqual((len(results), set(results)), (160, {True}))
+
+
+class OauthFetchTest(OauthTest):
+    """Keys that are fetched."""
+
+    def start_with(self, *keys, **settings):
+        """(Tokens whose keys are fetched, their Issuer)."""
+        issuer = Issuer(self, {"keys": [self.jwk(kind) for kind in keys]})
+        tokens = self.tokens(jwks_url=issuer.url, **settings)
+        tokens.start()
+        return tokens, issuer
+
+    def fetched(self, tokens, token):
+        """Wait until a token is taken without waiting."""
+        def taken():
+            with contextlib.suppress(receiver.Refusal, receiver.MustWait):
+                return tokens.verify(token, False)
+        return until(taken)
+
+    def test_keys_are_fetched_at_start_and_tokens_wait_for_them_where_they_may(self):
+        go_on = threading.Event()
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]})
+        at_once = issuer.answer
+        issuer.answer = lambda handler: go_on.wait(WAIT) and at_once(handler)
+        tokens = self.tokens(jwks_url=issuer.url)
+        tokens.start()
+        self.assertRaises(receiver.MustWait, tokens.verify, self.token(), False)
+        waiting = threading.Thread(target=tokens.verify, args=(self.token(), True))
+        waiting.start()
+        go_on.set()
+        self.assertEqual(tokens.verify(self.token(), True).subject, "robot")
+        waiting.join(WAIT)
+        self.assertEqual(tokens.verify(self.token(), False).subject, "robot")
+        (method, path, headers, body), = issuer.requests
+        self.assertEqual((method, path, headers["Accept"], body), ("GET", "/keys", "application/json", b""))
+        self.assertEqual((self.told, tokens.trouble, tokens.breaker), ([], "", "closed"))
+
+    def test_before_it_starts_nothing_is_fetched_and_tokens_get_503(self):
+        issuer = Issuer(self, {"keys": []})
+        self.assertIn("not been fetched", self.has_no_keys(self.tokens(jwks_url=issuer.url), self.token()))
+        self.assertEqual(issuer.requests, [])
+
+    def test_while_it_was_never_there_tokens_get_503_and_the_first_answer_ends_that(self):
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]})
+        at_once = issuer.answer
+        issuer.answer = lambda handler: issuer.send(handler, 500, b"{}")
+        with mock.patch.object(receiver, "JWKS_RETRY_SECONDS", 0.01):
+            tokens = self.tokens(jwks_url=issuer.url)
+            tokens.start()
+            until(lambda: tokens.breaker == "open")
+            note = self.has_no_keys(tokens, self.token())
+            self.assertIn("answered 500", note)
+            self.has_no_keys(tokens, self.token(header={"kid": "other"}))
+            self.refuses(tokens, self.token()[:-4] + "A.", "three parts",
+                         True)     # what is no token at all is told so
+            self.assertEqual(len(issuer.requests), 5)
+            issuer.answer = at_once
+            self.ticks.time += 1
+            self.fetched(tokens, self.token())
+        levels = [level for level, _ in self.told]
+        self.assertEqual(levels, ["ERROR", "ERROR", "INFO"])
+        self.assertRegex(self.told[0][1], f"^jwks_url {issuer.url}: answered 500 instead of 200; tokens are answered 503")
+        self.assertIn("breaker open", self.told[1][1])
+        self.assertIn("answers again", self.told[2][1])
+        self.assertEqual((tokens.trouble, tokens.breaker), ("", "closed"))
+
+    def test_what_it_gave_last_serves_while_it_is_down(self):
+        with mock.patch.object(receiver, "JWKS_RETRY_SECONDS", 0.01), mock.patch.object(receiver,
+                                                                                        "JWKS_SECONDS", 0.01):
+            tokens, issuer = self.start_with("Ed25519")
+            self.fetched(tokens, self.token())
+            issuer.answer = lambda handler: issuer.send(handler, 503, b"")
+            until(lambda: tokens.breaker == "open")
+            self.assertIn("serve on", tokens.trouble)
+            self.assertEqual(tokens.verify(self.token(sub="new"), False).subject, "new")
+            self.has_no_keys(tokens, self.token("ES256"))       # its key may have come since
+            self.refuses(tokens, self.token("RS256", {"kid": "Ed25519"}), "key that is not known")
+
+    def test_a_new_key_is_fetched_when_a_token_names_it_at_most_once_a_minute(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        issuer.document = {"keys": [self.jwk("Ed25519"), self.jwk("P-256")]}
+        self.assertRaises(receiver.MustWait, tokens.verify, self.token("ES256"), False)
+        self.assertEqual(len(issuer.requests), 1)
+        self.assertEqual(tokens.verify(self.token("ES256"), True).subject,
+                         "robot")     # the fetch at start counts not
+        self.assertEqual(len(issuer.requests), 2)
+        issuer.document = {"keys": [self.jwk("RSA")]}
+        for may_wait in (False, True):
+            self.refuses(tokens, self.token("RS256"), "key that is not known", may_wait)
+        self.ticks.time += 59.9
+        self.refuses(tokens, self.token("RS256"), "key that is not known", True)
+        self.ticks.time += 0.1
+        self.assertEqual(tokens.verify(self.token("RS256"), True).subject, "robot")
+        self.assertEqual(len(issuer.requests), 3)
+
+    def test_a_hundred_thousand_invented_keys_cause_one_fetch(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        numbers, claims = itertools.count(), base64url(self.claims())
+
+        def work():
+            for _ in range(12500):
+                header = base64url(b'{"alg":"EdDSA","kid":"%d"}' % next(numbers))
+                with contextlib.suppress(receiver.Refusal):
+                    tokens.verify(f"{header}.{claims}.AAAA", True)
+                    self.fail("it was taken")
+
+        in_threads(8, work)
+        self.assertEqual((next(numbers), len(issuer.requests)), (100000, 2))
+        self.assertEqual(tokens.verify(self.token(), False).subject, "robot")
+
+    def test_keys_are_fetched_anew_by_themselves_and_one_withdrawn_is_forgotten_with_what_it_proved(self):
+        with mock.patch.object(receiver, "JWKS_SECONDS", 0.01):
+            tokens, issuer = self.start_with("Ed25519", "P-256")
+            self.assertEqual(tokens.verify(self.token(), True).subject, "robot")
+            issuer.document = {"keys": [self.jwk("P-256")]}
+            until(lambda: "Ed25519" not in tokens._fetcher.keys.ids)
+        self.ticks.time -= 1e6                              # no fetch for the key that is gone
+        tokens._fetcher._asked_at = self.ticks.time
+        self.refuses(tokens, self.token(), "key that is not known", True)
+        self.assertEqual(tokens.verify(self.token("ES256"), True).subject, "robot")
+
+    def test_an_issuer_that_withdraws_all_of_its_keys_is_believed_and_that_is_told(self):
+        with mock.patch.object(receiver, "JWKS_SECONDS", 0.01):
+            tokens, issuer = self.start_with("Ed25519")
+            tokens.verify(self.token(), True)
+            issuer.document = {"keys": []}
+            until(lambda: self.told)
+        self.assertRegex(self.told[0][1], "^jwks_url http.* has no key that can check")
+        tokens._fetcher._asked_at = self.ticks.time
+        self.refuses(tokens, self.token(), "key that is not known", True)
+
+    def test_answers_that_make_no_sense_count_as_none(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        elsewhere = Issuer(self, {"keys": [self.jwk("P-256")]})
+        cases = (
+            ("redirect", lambda handler: issuer.send(handler, 302, b"", Location=elsewhere.url),
+             "answered 302"),
+            ("garbage", lambda handler: issuer.send(handler, 200, b"<html>"), "Invalid JSON"),
+            ("another document", lambda handler: issuer.send(handler, 200, b'{"keys": {}}'), "no JWK set"),
+            ("duplicate members", lambda handler: issuer.send(handler, 200, b'{"keys": [], "keys": []}'),
+             "already has"),
+            ("not found", lambda handler: issuer.send(handler, 404, b"{}"), "answered 404"),
+            ("half of it", lambda handler: issuer.send(handler, 200, b'{"keys": ',
+                                                       **{"Content-Length": "500"}), "Invalid JSON"),
+            ("too much", lambda handler: issuer.send(handler, 200, b'{"keys": ["' + b"x" * 2 ** 20 + b'"]}'),
+             "more than 1048576"),
+            ("no HTTP", lambda handler: handler.wfile.write(b"\x16\x03\x01\r\n\r\n"), "."),
+            ("a line without end", lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70000), "header line"))
+        for name, answer, reason in cases:
+            with self.subTest(name):
+                issuer.answer = answer
+                tokens._fetcher._remote.breaker.succeeded()
+                before = len(issuer.requests)
+                self.ticks.time += 60
+                self.has_no_keys(tokens, self.token("ES256"))
+                self.assertEqual(len(issuer.requests), before + 1)
+                self.assertRegex(tokens.trouble, reason)
+                self.assertEqual(tokens.verify(self.token(), False).subject, "robot")
+        self.assertEqual(elsewhere.requests, [])
+
+    def test_an_issuer_that_hangs_or_never_ends_is_left_after_its_time(self):
+        gone = threading.Event()
+
+        def trickle(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while not gone.wait(0.01):
+                handler.wfile.write(b"X: y\r\n"[:1])
+
+        def flood(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1073741824\r\n\r\n")
+            while not gone.is_set():
+                handler.wfile.write(b" " * 65536)
+
+        def slow_body(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            while not gone.wait(0.01):
+                handler.wfile.write(b" ")
+
+        for name, answer, reason in (("silent", lambda handler: gone.wait(WAIT), "time|no whole answer"),
+                                     ("trickle", trickle, "no whole"),
+                                     ("flood", flood, "more than 1048576"),
+                                     ("slow body", slow_body, "no whole|Invalid JSON")):
+            with self.subTest(name), mock.patch.object(receiver, "FETCH_SECONDS", 0.3):
+                issuer = Issuer(self)
+                issuer.answer = functools.partial(quietly, answer)
+                self.addCleanup(gone.set)
+                tokens = self.tokens(jwks_url=issuer.url)
+                tokens.start()
+                until(lambda: tokens.trouble)
+                self.assertRegex(tokens.trouble, reason)
+                self.assertTrue(tokens._fetcher.stop(WAIT))
+
+    def test_nobody_there_is_one_error_until_it_changes(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with mock.patch.object(receiver, "JWKS_RETRY_SECONDS", 0.01):
+            tokens = self.tokens(jwks_url=f"http://127.0.0.1:{port}/")
+            tokens.start()
+            until(lambda: tokens.breaker == "open")
+        self.assertEqual([level for level, _ in self.told], ["ERROR", "ERROR"])
+        self.assertIn("refused", self.told[0][1])
+
+    def test_https_is_spoken_with_those_whose_certificate_is_known(self):
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]}, self.folder)
+        with mock.patch.dict(os.environ, {"SSL_CERT_FILE": str(self.folder / "localhost.pem")}):
+            trusting = self.tokens(jwks_url=issuer.url)
+        stranger = self.tokens(jwks_url=issuer.url)
+        trusting.start()
+        self.assertEqual(trusting.verify(self.token(), True).subject, "robot")
+        stranger.start()
+        self.assertIn("certificate", self.has_no_keys(stranger, self.token()))
+        self.assertEqual(len(issuer.requests), 1)
+
+    def test_proxies_of_the_environment_are_not_used(self):
+        proxy = Issuer(self, {"keys": []})
+        with mock.patch.dict(os.environ, {"http_proxy": proxy.url, "HTTP_PROXY": proxy.url,
+                                          "ALL_PROXY": proxy.url}):
+            tokens, _ = self.start_with("Ed25519")
+            self.assertEqual(tokens.verify(self.token(), True).subject, "robot")
+        self.assertEqual(proxy.requests, [])
+
+    def test_a_reload_begins_with_the_keys_of_before_if_they_are_of_the_same_address(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        after = self.tokens(jwks_url=issuer.url, issuer="https://other.example")
+        after.adopt(tokens)
+        self.assertEqual(after.verify(self.token(iss="https://other.example"), False).subject, "robot")
+        self.refuses(after, self.token(), "another issuer")         # although it was remembered before
+        for other in (self.tokens(jwks_url=issuer.url + "2"), self.tokens()):
+            other.adopt(tokens)
+            after.adopt(other)
+        self.has_no_keys(self.tokens(jwks_url=issuer.url + "2"), self.token())
+
+
+def quietly(function, *arguments):
+    """Call it; that the other side has gone is its own affair."""
+    with contextlib.suppress(OSError):
+        function(*arguments)
+
+
+class OauthIntrospectionTest(OauthTest):
+    """Tokens of which their issuer is asked."""
+
+    def start_with(self, us=("us", "s3cret"), **answer):
+        """(Tokens of which an issuer is asked, that Issuer)."""
+        issuer = Issuer(self, {"active": True, **answer})
+        (self.folder / "secret").write_text(us[1] + "\n", "utf-8")
+        return self.tokens(introspection_url=issuer.url, client_id=us[0], client_secret_file="secret"), issuer
+
+    def test_the_issuer_is_asked_as_the_standard_says(self):
+        tokens, issuer = self.start_with(("us & them", "p+ä:w"), client_id="c", sub="robot", scope="a b")
+        self.assertEqual(tokens.verify("an/opaque+token&x=y", True),
+                         ("c", "robot", {"a", "b"}, self.NOW + 60))
+        (method, path, headers, body), = issuer.requests
+        self.assertEqual((method, path, headers["Content-Type"]),
+                         ("POST", "/keys", "application/x-www-form-urlencoded"))
+        self.assertEqual(body, b"token=an%2Fopaque%2Btoken%26x%3Dy&token_type_hint=access_token")
+        self.assertEqual(base64.b64decode(headers["Authorization"].partition("Basic ")[2]),
+                         b"us+%26+them:p%2B%C3%A4%3Aw")
+
+    def test_an_answer_is_believed_for_a_minute_or_until_the_token_expires(self):
+        for exp, seconds in ((None, 60), (self.NOW + 3600, 60), (self.NOW - 40, 20)):
+            with self.subTest(exp):
+                tokens, issuer = self.start_with(**({} if exp is None else {"exp": exp}))
+                self.assertEqual(tokens.verify("opaque", True).expires, self.NOW + seconds)
+                self.ticks.time += seconds - 0.1
+                self.assertEqual(tokens.verify("opaque", False).expires, self.NOW + seconds)
+                tokens.verify("another", True)
+                self.assertEqual(len(issuer.requests), 2)
+                self.ticks.time += 0.2
+                self.assertRaises(receiver.MustWait, tokens.verify, "opaque", False)
+                tokens.verify("opaque", True)
+                self.assertEqual(len(issuer.requests), 3)
+
+    def test_a_token_that_is_not_active_is_asked_for_again_after_5_seconds(self):
+        tokens, issuer = self.start_with()
+        issuer.document = {"active": False, "sub": "robot"}
+        self.assertRaises(receiver.MustWait, tokens.verify, "opaque", False)
+        for may_wait in (True, True, False):
+            self.refuses(tokens, "opaque", "not active", may_wait)
+        self.assertEqual(len(issuer.requests), 1)
+        self.ticks.time += 5
+        issuer.document = {"active": True}
+        tokens.verify("opaque", True)
+        self.assertEqual(len(issuer.requests), 2)
+
+    def test_what_it_answers_is_checked_as_far_as_it_says(self):
+        tokens, issuer = self.start_with()
+        now = self.NOW
+        for answer, note in (({"iss": "https://evil.example"}, "another issuer"),
+                             ({"aud": "x"}, "another audience"),
+                             ({"aud": ["x", "y"]}, "another audience"), ({"exp": now - 60}, "expired"),
+                             ({"exp": "1"}, "exp"),
+                             ({"exp": True}, "exp"), ({"nbf": now + 61}, "nbf"), ({"iat": now + 61}, "iat"),
+                             ({"active": False}, "not active")):
+            with self.subTest(answer):
+                issuer.document = {"active": True, **answer}
+                self.refuses(tokens, json.dumps(answer), note, True)
+        for answer in ({}, {"iss": "https://idp.example", "aud": ["appointments"], "exp": now + 1, "iat": now,
+                            "nbf": now}):
+            issuer.document = {"active": True, **answer}
+            tokens.verify(json.dumps(answer) + "good", True)
+        self.assertEqual(tokens.trouble, "")
+
+    def test_while_it_does_not_answer_it_is_503_and_after_five_times_it_is_spared(self):
+        tokens, issuer = self.start_with()
+        tokens.verify("known", True)
+        tokens.verify("soon gone", True)
+        elsewhere = Issuer(self, {"active": True})
+        at_once = issuer.answer
+        answers = [lambda handler: issuer.send(handler, 401, b'{"error": "invalid_client"}'),
+                   lambda handler: issuer.send(handler, 307, b"", Location=elsewhere.url),
+                   lambda handler: issuer.send(handler, 200, b'{"active": "true"}'),
+                   lambda handler: issuer.send(handler, 200, b'[{"active": true}]'),
+                   lambda handler: issuer.send(handler, 200, b"{}")]
+        for number, issuer.answer in enumerate(answers):
+            self.assertRegex(self.has_no_keys(tokens, f"opaque-{number}"),
+                             "answered (401|307|no introspection)")
+        self.assertEqual((tokens.breaker, len(issuer.requests), elsewhere.requests), ("open", 7, []))
+        self.has_no_keys(tokens, "opaque-0")
+        self.assertEqual((len(issuer.requests), tokens.verify("known", False).client_id), (7, ""))
+        self.assertNotIn("opaque", str(self.told))
+        self.assertNotIn("s3cret", str(self.told))
+        issuer.answer = at_once
+        self.ticks.time += 1
+        tokens.verify("opaque-0", True)
+        self.assertEqual((tokens.breaker, tokens.trouble, self.told[-1][0]), ("closed", "", "INFO"))
+
+    def test_our_own_keys_never_leave_the_house(self):
+        tokens, issuer = self.start_with()
+        self.refuses(tokens, "whk_" + "x" * 43, "one of our keys", True)
+        self.assertEqual(issuer.requests, [])
+
+    def test_invented_tokens_do_not_push_out_the_good_ones(self):
+        with mock.patch.object(receiver, "TOKENS_KEPT", 5):
+            tokens, issuer = self.start_with()
+            tokens.verify("good", True)
+            issuer.document = {"active": False}
+            for number in range(20):
+                self.refuses(tokens, f"invented-{number}", "not active", True)
+            tokens.verify("good", False)
+
+
+@unittest.skipUnless(OFFICIAL_CLIENTS, "OFFICIAL_CLIENTS does not name a Python with PyJWT and jwcrypto")
+class OfficialTokenTest(OauthTest):
+    """What PyJWT and jwcrypto sign and how PyJWT judges, next to what we say of it."""
+
+    PROGRAM = '''
+import json, sys
+import jwt
+from jwcrypto import jwk, jws
+
+asked = json.load(sys.stdin)
+keys = {"RSA": jwk.JWK.generate(kty="RSA", size=2048, kid="RSA"), "RSA-4096": jwk.JWK.generate(kty="RSA", size=4096, kid="RSA-4096"),
+        "P-256": jwk.JWK.generate(kty="EC", crv="P-256", kid="P-256"), "P-384": jwk.JWK.generate(kty="EC", crv="P-384", kid="P-384"),
+        "Ed25519": jwk.JWK.generate(kty="OKP", crv="Ed25519", kid="Ed25519")}
+tokens, verdicts = [], []
+for library, kid, header, claims in asked["tokens"]:
+    if library == "PyJWT":
+        key = jwt.PyJWK(keys[kid].export(as_dict=True), header["alg"]).key
+        tokens.append(jwt.encode(claims, key, header["alg"], header))
+    else:
+        token = jws.JWS(json.dumps(claims))
+        token.add_signature(keys[kid], None, json.dumps(header))
+        tokens.append(token.serialize(compact=True))
+for (library, kid, header, claims), token in zip(asked["tokens"], tokens):
+    try:
+        jwt.decode(token, jwt.PyJWK(keys[kid].export_public(as_dict=True), header["alg"]).key, asked["algorithms"], leeway=60,
+                   audience="appointments", issuer="https://idp.example", options={"require": ["exp", "iss", "aud"]})
+        verdicts.append(True)
+    except jwt.InvalidTokenError:
+        verdicts.append(False)
+json.dump([[key.export_public(as_dict=True) for key in keys.values()], tokens, verdicts], sys.stdout)
+'''
+
+    def ask(self, asked):
+        """(public keys, tokens, whether PyJWT takes them) of [(library, kid, header, claims)]."""
+        question = json.dumps({"tokens": asked, "algorithms": list(receiver.JWS_ALGORITHMS)})
+        done = subprocess.run([OFFICIAL_CLIENTS, "-c", self.PROGRAM], input=question.encode(),
+                              capture_output=True, timeout=WAIT)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return json.loads(done.stdout)
+
+    def takes(self, tokens, token):
+        try:
+            return bool(tokens.verify(token, False))
+        except receiver.Refusal:
+            return False
+
+    def test_what_they_sign_is_taken_with_each_algorithm(self):
+        self.clock.time = int(time.time())
+        kinds = {"RSA": ("RSA", "RSA-4096")}
+        asked = [(library, kid, {"alg": alg, "kid": kid}, self.claims(exp=self.clock.time + 300))
+                 for library in ("PyJWT", "jwcrypto") for alg, (kind, _) in receiver.JWS_ALGORITHMS.items()
+                 for kid in kinds.get(kind, (kind,))]
+        keys, signed, verdicts = self.ask(asked)
+        tokens = self.tokens(keys=keys)
+        for question, token, verdict in zip(asked, signed, verdicts):
+            with self.subTest(question):
+                self.assertEqual((self.takes(tokens, token), verdict), (True, True))
+                message, _, signature = token.rpartition(".")
+                self.assertFalse(self.takes(tokens, f"{message}.{signature[4:]}{signature[:4]}"))
+
+    def test_they_judge_claims_as_we_do(self):
+        now = self.clock.time = int(time.time())
+        changes = [{}, {"exp": now - 30}, {"exp": now - 90}, {"exp": ...}, {"nbf": now + 30},
+                   {"nbf": now + 90}, {"iat": now + 30},
+                   {"iat": now + 90}, {"iss": "x"}, {"iss": ...}, {"aud": "x"},
+                   {"aud": ["x", "appointments"]}, {"aud": ["x"]},
+                   {"aud": ...}, {"aud": []}, {"exp": "soon"}, {"nbf": "soon"}, {"iat": "soon"},
+                   {"scope": "a b"}]
+        asked = [("jwcrypto", "P-256", {"alg": "ES256", "kid": "P-256"},
+                  self.claims(**{"exp": now + 300, **change})) for change in changes]
+        keys, signed, verdicts = self.ask(asked)
+        tokens = self.tokens(keys=keys)
+        for change, token, verdict in zip(changes, signed, verdicts):
+            with self.subTest(change):
+                self.assertEqual(self.takes(tokens, token), verdict)
+        self.assertEqual(sum(verdicts), 6)
 
 
 # =============================================================================

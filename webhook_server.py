@@ -6120,12 +6120,12 @@ ACTIVE_SECONDS, INACTIVE_SECONDS = 60.0, 5.0            # how long an introspect
 UNTIL_IT_WORKS = "tokens are answered 503 until it works"
 NO_KEYS = "has no key that can check signatures: RSA of 2048 bits or more, P-256, P-384, Ed25519"
 
-_SET_TEXT = {"type": "string", "minLength": 1, "maxLength": 2000}
+_NOT_EMPTY = {"type": "string", "minLength": 1, "maxLength": 2000}
 OAUTH_SCHEMA = {                        # of the member `oauth` of a document that says what a #/$defs/role is
     "type": "object", "required": ["issuer", "audience"], "additionalProperties": False,
     "properties": {
-        "issuer": _SET_TEXT, "audience": _SET_TEXT, "jwks_file": _SET_TEXT, "jwks_url": _SET_TEXT,
-        "introspection_url": _SET_TEXT, "client_id": _SET_TEXT, "client_secret_file": _SET_TEXT,
+        "issuer": _NOT_EMPTY, "audience": _NOT_EMPTY, "jwks_file": _NOT_EMPTY, "jwks_url": _NOT_EMPTY,
+        "introspection_url": _NOT_EMPTY, "client_id": _NOT_EMPTY, "client_secret_file": _NOT_EMPTY,
         "leeway": {"type": "number", "minimum": 0, "maximum": 600},
         "scopes": {"type": "object", "additionalProperties": {"$ref": "#/$defs/role"}},
     },
@@ -6248,12 +6248,13 @@ class Remote:
                 raise ValueError(f"answered {response.status} instead of 200")
             data = response.read(FETCH_BYTES + 1)
         except (OSError, http.client.HTTPException):
-            if late.is_set():
-                raise TimeoutError(f"no whole answer in {FETCH_SECONDS:g} s") from None
-            raise
+            if not late.is_set():
+                raise
         finally:
             timer.cancel()
             connection.close()
+        if late.is_set():                               # what came may look whole to its reader
+            raise TimeoutError(f"no whole answer in {FETCH_SECONDS:g} s")
         if len(data) > FETCH_BYTES:
             raise ValueError(f"answered more than {FETCH_BYTES} bytes")
         return data
@@ -6446,13 +6447,17 @@ def _digest_of(token: str) -> bytes:
     return hashlib.sha256(token.encode()).digest()
 
 
-def _object_in(part: str, what: str) -> dict:
+def _part_of(text: str, what: str, read: Callable[[bytes], Any] = bytes) -> Any:
     try:
-        value = parse_json(base64url_bytes(part))[0]
-    except ValueError:                                  # JSONError is one: what it quotes is a place
-        value = None
+        return read(base64url_bytes(text))
+    except ValueError:                                  # JSONError is one, too
+        raise ValueError(f"has {what} that cannot be read") from None
+
+
+def _object(data: bytes) -> dict:
+    value = parse_json(data)[0]
     if not isinstance(value, dict):
-        raise ValueError(f"has {what} that cannot be read")
+        raise ValueError("must be an object")
     return value
 
 
@@ -6473,8 +6478,8 @@ class SignedTokens:
         parts = token.split(".")
         if len(parts) != 3:
             raise ValueError("is no JWT: it has not three parts")
-        header, signature = _object_in(parts[0], "a header"), base64url_bytes(parts[2])
-        alg, kid = header.get("alg"), header.get("kid", None)
+        header, signature = _part_of(parts[0], "a header", _object), _part_of(parts[2], "a signature")
+        alg, kid = header.get("alg"), header.get("kid")
         if not isinstance(alg, str) or alg not in JWS_ALGORITHMS:
             raise ValueError("is signed by an algorithm that is not taken")
         if "crit" in header:                            # we understand none (RFC 7515 section 4.1.11)
@@ -6488,7 +6493,7 @@ class SignedTokens:
         signed = f"{parts[0]}.{parts[1]}".encode()
         if not any(key.verify(alg, signed, signature) for key in fitting):
             raise ValueError("has a signature that does not fit")
-        verified = self._claims.verified(_object_in(parts[1], "claims"), ("iss", "aud", "exp"))
+        verified = self._claims.verified(_part_of(parts[1], "claims", _object), ("iss", "aud", "exp"))
         keys.kept.put(digest, verified.expires, verified)
         return verified
 
