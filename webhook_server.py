@@ -6623,7 +6623,7 @@ class Tokens:
 
     def verify(self, token: str, may_wait: bool) -> Verified:
         """Who it proves. Raises Refusal 401 whose note says why it proves nobody (and nothing of the token),
-        Refusal 503 while the issuer cannot be asked, and without `may_wait` MustWait where that takes time."""
+        Refusal 503 while the issuer cannot be asked, and MustWait where that takes time and it may not."""
         try:
             if token.startswith(KEY_PREFIX):            # a secret that the issuer must not see
                 raise ValueError("is one of our keys, and not a known one")
