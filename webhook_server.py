@@ -6550,9 +6550,9 @@ class Tokens:
                  tell: Callable[[str, str], Any], now: Callable[[], float] = time.time,
                  ticks: Callable[[], float] = time.monotonic,
                  on_error: Callable[[str], Any] = _no_error) -> None:
-        """`settings` are valid by OAUTH_SCHEMA; names of files in them begin in `folder`. Only introspection
-        does without `crypto`. tell(level, text) hears when the issuer cannot be asked, and when it can again.
-        Raises SetupError."""
+        """`settings` are valid by OAUTH_SCHEMA; names of files in them begin in `folder`. tell(level, text)
+        hears when the issuer cannot be asked, and when it can again. Without `crypto` it finds libcrypto
+        itself, where it needs it. Raises SetupError."""
         self.settings, self.scopes = settings, settings.get("scopes", DEFAULT_SCOPES)
         self._folder, self._claims = Path(folder), _Claims(settings, now)
         self._remote: Optional[Remote] = None
@@ -6561,17 +6561,18 @@ class Tokens:
         if len(ways) != 1:
             raise SetupError("clients: /oauth: takes one of jwks_file, jwks_url and introspection_url")
         place = f"clients: /oauth/{ways[0]}"
-        self._read = functools.partial(KeySet, crypto, clock=now)
-        if ways == ["jwks_file"]:
-            self._checker: Any = SignedTokens(KeyFile(self._keys_in_file(place)), self._claims)
-            return
-        self._remote = Remote(place, settings[ways[0]], tell, ticks)
-        if ways == ["jwks_url"]:
-            self._fetcher = KeyFetcher(self._remote, self._read, ticks, on_error)
-            self._checker = SignedTokens(self._fetcher, self._claims)
-        else:
+        if ways != ["jwks_file"]:
+            self._remote = Remote(place, settings[ways[0]], tell, ticks)
+        if ways == ["introspection_url"]:
             client = (settings["client_id"], self._secret())
-            self._checker = IntrospectedTokens(self._remote, client, self._claims, now, ticks)
+            self._checker: Any = IntrospectedTokens(self._remote, client, self._claims, now, ticks)
+            return
+        self._read = functools.partial(KeySet, crypto or LibCrypto(), clock=now)
+        if ways == ["jwks_file"]:
+            source: Any = KeyFile(self._keys_in_file(place))
+        else:
+            source = self._fetcher = KeyFetcher(self._remote, self._read, ticks, on_error)
+        self._checker = SignedTokens(source, self._claims)
 
     def _keys_in_file(self, place: str) -> KeySet:
         path = self._folder / self.settings["jwks_file"]
