@@ -9862,8 +9862,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP",
-         "Credentials", "Access", "Endpoints", "Connections", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "System", "Files", "SQLite", "Store", "Log",
+         "HTTP", "Credentials", "Access", "Endpoints", "Connections", "Service", "Command line")
 
 
 def can_connect(port):

@@ -5903,7 +5903,7 @@ def utc_seconds(seconds: int) -> str:
 
 
 # =============================================================================
-# Credentials: does a signature or a token prove what it says? Knows no clients, no roles and no sockets.
+# Credentials: does a signature or a token prove what it says? Knows no clients and no roles.
 # =============================================================================
 
 # -- signatures over the body
