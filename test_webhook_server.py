@@ -9,6 +9,8 @@ import ast
 import asyncio
 import base64
 import contextlib
+import ctypes
+import ctypes.util
 import dataclasses
 import errno
 import functools
@@ -16,6 +18,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import http.server
 import inspect
 import io
 import itertools
@@ -2012,6 +2015,448 @@ def disguised(chance, value):
         return chance.choice([int(value) if value == int(value) else value,
                               float(value) if float(value) == value else value])
     return value
+
+
+# =============================================================================
+# System
+# =============================================================================
+
+def base64url(value):
+    """Bytes, a whole number, or a JSON value, in base64url without padding."""
+    if isinstance(value, int):
+        value = value.to_bytes((value.bit_length() + 7) // 8, "big")
+    if not isinstance(value, bytes):
+        value = json.dumps(value).encode()
+    return base64.urlsafe_b64encode(value).decode().rstrip("=")
+
+
+# Keys of examples, so that tests can sign: (private key as PKCS #8 in base64, public one as JWK)
+KEY_PAIRS = {
+    # RFC 7520 section 3.4
+    "RSA": ("MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQCfgQ+0A4Jz0CWR5Ac/MdK2ABuCzttNkvBQFl1Hz8q4o8Q"
+            "ct3isdVN5P475dXaNGiN02HElZMO813uepDRUSJlAfP8AmZIKkxokxEFIUqspvbCpXAZT82xg5gv5C2JY3aVvNwR7pcLR0C"
+            "mvnJ1AuseqQceKDdEGit1pnoCP6gEeoUQdik97tOl7459V8d3UTpxLozUVlwPU00tgPmUUek8j1tPAmWx17e6EaoLRkK4Qe"
+            "DyWHPA4eu0hBtLQVVtv2Tf61VNTh+D/cv++eJQUArC4IuoqdLYFjB2r+bNKdstjuH+qLGhHuOKDf/+RGG5rHBSRHPmJqJCS"
+            "qBzmAd2s0/nPAgMBAAECggEAbWUC9B+EFRIo8kpGfh0ZuyGPvMNKvYWNtB/ikiH9k20eT+O1q/I78eiZkpXxXQ0UTEs2LsN"
+            "RS+8uJbvQ+A1irkwMSMkK1J3XTGgdrhCku9gRldY7sNA/AKZGh+Q661/42rINLRCe8W+nZ34ui/qOfkLnK9QWDDqpaIsA+b"
+            "MwWWSDFu2MUBYwkHTMEzLYGqOe04noqeq1hExBTHBOBdkMXiuFhUq1BU6l+DqEiWxqg82sXt2h+LMnT3046AOYJoRioz75t"
+            "SUQfGCshWTBnP5uDjd18kKhyv07lhfSJdrPdM5Plyl21hsFf4L/mHCuoFau7gdsPfHPxxjVOcOpBrQzwQKBgQDdKXGD8PBN"
+            "clxvrT3lGhfKBAIBnlGcC9mWejXKEe2dR7H9+nsBn/2dFo7sdf/5IV8ZB661qjZMOMMBZThW6mTyvD0lHQDNnQ3Z++4gCav"
+            "9YKyYal42pCd6/VPsjISyeHxQy36fkJp+GSKTOESyuad0fovE6u9EmWw+npm/xtSrSQKBgQC4oTZ2H5xN/oREXiTh7+PLvw"
+            "Z89hQhpTKhJIm4HOncK5uTc4KqzqCtPxtH9y7QObUxnBaa12oPIj3ketR6rcw/Xm8ww43yUdN5m7aWYq/CpbtqdXlTOEzWJ"
+            "nvPjIyS5TAVagG/Jjz3wRe9EP6F2pHEeVKoBnX3bMHelUUnSzukVwKBgAfD1b15Lya49i/hmEO798va+isOYPUmoVwcLFlM"
+            "6dfU1ZYCPmFfOatTSG9a8ULQ/iLF10d/k2p3r7kT0beTgTnYjBkKfKW7duoJY2HylPxPcZ/kVCx89PnnfRPYFyyg+FRp4Kc"
+            "/j30P6tvaZOcVh6CadNPUH9R7woYsUV+fXoYpAoGACLDmDGduhylc9o7r84rEUVn7pzQ6PF83Y+iBZx5NT+TpnOZKF1pErA"
+            "MVeKzFEl41DlHHqqBLSM0W1sOFbwTxYWZDm6sI6og5iTbwQGIC3gnJKbi/7k/vJgGHwHxgPaX2PnvP+zyEkDERuf+ry4c/Z"
+            "11Cq9AqC2yeL6kdKT1cYF8CgYEA3PiqvXQN0zwMeE+sBvZgi289XP9XCQF3VWqPzMKnIgQp7/Tugo6+NZBKCQsMf3HaEGBj"
+            "TVJs/jcK8+TRXvaKe+7ZMaQj8VfBdYkssbu0NKDDhjJ+GtiseaDVWt7dcH0cfwxgFUHpQh7FoCrjFJ6h6ZEpMF6xmujs4qM"
+            "pPz8aaI4=",
+            {"kty": "RSA", "e": "AQAB",
+             "n": "n4EPtAOCc9AlkeQHPzHStgAbgs7bTZLwUBZdR8_KuKPEHLd4rHVTeT-O-XV2jRojdNhxJWTDvNd7nqQ0VEiZQHz_A"
+                  "JmSCpMaJMRBSFKrKb2wqVwGU_NsYOYL-QtiWN2lbzcEe6XC0dApr5ydQLrHqkHHig3RBordaZ6Aj-oBHqFEHYpPe7"
+                  "Tpe-OfVfHd1E6cS6M1FZcD1NNLYD5lFHpPI9bTwJlsde3uhGqC0ZCuEHg8lhzwOHrtIQbS0FVbb9k3-tVTU4fg_3L"
+                  "_vniUFAKwuCLqKnS2BYwdq_mzSnbLY7h_qixoR7jig3__kRhuaxwUkRz5iaiQkqgc5gHdrNP5zw"}),
+    # RFC 7515 appendix A.3
+    "P-256": ("MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgjpsQnnGQmL+YBIffH1136cspYG6+0iY7X1fCE9+E9LKhR"
+              "ANCAAR/zc4ncPbEXUGDy+5v20t7WAczNXvp7xO6z248e9FURcfxRM0bvZt+hyzf7bnuufSzaV1uqQskrYpGIyiFiOWt",
+              {"kty": "EC", "crv": "P-256", "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",
+               "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}),
+    # Made for these tests
+    "P-384": ("MIG2AgEAMBAGByqGSM49AgEGBSuBBAAiBIGeMIGbAgEBBDCM+1Fmgfq1p7bLxpwS/yp7bm/fozzbMt6cKbiEwcB4Ml7ZR"
+              "RFV7byAZW9uLZhHpRuhZANiAASBe0XVTp1Rc4RAMzuN5aECNSuIZbcLIlVYtdoCcv+DC4uxaO2u3pxx6aqy5/ztVhlcMC"
+              "HpFEVD5gXCPBLsy+90Aw+gplNPdJdCA0/8FxQq3MjIjCQ7mUcV0JX9A/Gw47U=",
+              {"kty": "EC", "crv": "P-384",
+               "x": "gXtF1U6dUXOEQDM7jeWhAjUriGW3CyJVWLXaAnL_gwuLsWjtrt6ccemqsuf87VYZ",
+               "y": "XDAh6RRFQ-YFwjwS7MvvdAMPoKZTT3SXQgNP_BcUKtzIyIwkO5lHFdCV_QPxsOO1"}),
+    # RFC 8037 appendix A.1
+    "Ed25519": ("MC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g",
+                {"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}),
+}
+
+# Signed examples: (RFC, algorithm, public key, token)
+SIGNED_EXAMPLES = [
+    ("RFC 7515 A.2", "RS256",
+     {"kty": "RSA", "e": "AQAB",
+      "n": "ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4Ql"
+           "L-yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5rexMdbBYUs"
+           "LA9e-KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoud"
+           "F8NAco9_h9iaGNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ"},
+     "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb"
+     "290Ijp0cnVlfQ.cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W"
+     "2Fp5jujGbds9uJdbF9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe"
+     "7K0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgG"
+     "Y9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw"),
+    ("RFC 7515 A.3", "ES256", KEY_PAIRS["P-256"][1],
+     "eyJhbGciOiJFUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb"
+     "290Ijp0cnVlfQ.DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q"),
+    ("RFC 7520 4.1", "RS256", KEY_PAIRS["RSA"][1],
+     "eyJhbGciOiJSUzI1NiIsImtpZCI6ImJpbGJvLmJhZ2dpbnNAaG9iYml0b24uZXhhbXBsZSJ9.SXTigJlzIGEgZGFuZ2Vyb3VzIGJ1c"
+     "2luZXNzLCBGcm9kbywgZ29pbmcgb3V0IHlvdXIgZG9vci4gWW91IHN0ZXAgb250byB0aGUgcm9hZCwgYW5kIGlmIHlvdSBkb24ndCB"
+     "rZWVwIHlvdXIgZmVldCwgdGhlcmXigJlzIG5vIGtub3dpbmcgd2hlcmUgeW91IG1pZ2h0IGJlIHN3ZXB0IG9mZiB0by4.MRjdkly7_"
+     "-oTPTS3AXP41iQIGKa80A0ZmTuV5MEaHoxnW2e5CZ5NlKtainoFmKZopdHM1O2U4mwzJdQx996ivp83xuglII7PNDi84wnB-BDkoBw"
+     "A78185hX-Es4JIwmDLJK3lfWRa-XtL0RnltuYv746iYTh_qHRD68BNt1uSNCrUCTJDt5aAE6x8wW1Kt9eRo4QPocSadnHXFxnt8Is9"
+     "UzpERV0ePPQdLuW3IS_de3xyIrDaLGdjluPxUAhb6L2aXic1U12podGU0KLUQSE_oI-ZnmKJ3F4uOZDnd6QZWJushZ41Axf_fcIe8u"
+     "9ipH84ogoree7vjbU5y18kDquDg"),
+    ("RFC 7520 4.2", "PS384", KEY_PAIRS["RSA"][1],
+     "eyJhbGciOiJQUzM4NCIsImtpZCI6ImJpbGJvLmJhZ2dpbnNAaG9iYml0b24uZXhhbXBsZSJ9.SXTigJlzIGEgZGFuZ2Vyb3VzIGJ1c"
+     "2luZXNzLCBGcm9kbywgZ29pbmcgb3V0IHlvdXIgZG9vci4gWW91IHN0ZXAgb250byB0aGUgcm9hZCwgYW5kIGlmIHlvdSBkb24ndCB"
+     "rZWVwIHlvdXIgZmVldCwgdGhlcmXigJlzIG5vIGtub3dpbmcgd2hlcmUgeW91IG1pZ2h0IGJlIHN3ZXB0IG9mZiB0by4.cu22eBqkY"
+     "DKgIlTpzDXGvaFfz6WGoz7fUDcfT0kkOy42miAh2qyBzk1xEsnk2IpN6-tPid6VrklHkqsGqDqHCdP6O8TTB5dDDItllVo6_1OLPpc"
+     "bUrhiUSMxbbXUvdvWXzg-UD8biiReQFlfz28zGWVsdiNAUf8ZnyPEgVFn442ZdNqiVJRmBqrYRXe8P_ijQ7p8Vdz0TTrxUeT3lm8d9"
+     "shnr2lfJT8ImUjvAA2Xez2Mlp8cBE5awDzT0qI0n6uiP1aCN_2_jLAeQTlqRHtfa64QQSUmFAAjVKPbByi7xho0uTOcbH510a6GYmJ"
+     "UAfmWjwZ6oD4ifKo8DYM-X72Eaw"),
+    ("RFC 8037 A.4", "EdDSA", KEY_PAIRS["Ed25519"][1],
+     "eyJhbGciOiJFZERTQSJ9.RXhhbXBsZSBvZiBFZDI1NTE5IHNpZ25pbmc.hgyY0il_MGCjP0JzlnLWG1PPOt7-09PGcvMg3AIbQR6dW"
+     "bhijcNR4ki4iylGjg5BhVsPt9g7sVvpAr_MuM0KAg"),
+]
+
+# (source, key, nonce, plaintext, data, ciphertext, tag), in hex
+GCM_EXAMPLES = [
+    ("McGrew and Viega, GCM, test case 13",
+     "00" * 32,
+     "00" * 12,
+     "",
+     "",
+     "",
+     "530f8afbc74536b9a963b4f1c4cb738b"),
+    ("test case 14",
+     "00" * 32,
+     "00" * 12,
+     "00" * 16,
+     "",
+     "cea7403d4d606b6e074ec5d3baf39d18",
+     "d0d1c8a799996bf0265b98b5d48ab919"),
+    ("test case 15",
+     "feffe9928665731c6d6a8f9467308308feffe9928665731c6d6a8f9467308308",
+     "cafebabefacedbaddecaf888",
+     "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aed"
+     "f5aa0de657ba637b391aafd255",
+     "",
+     "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3da7b08b1056828838c5f61e"
+     "6393ba7a0abcc9f662898015ad",
+     "b094dac5d93471bdec1a502270e3cc6c"),
+    ("test case 16",
+     "feffe9928665731c6d6a8f9467308308feffe9928665731c6d6a8f9467308308",
+     "cafebabefacedbaddecaf888",
+     "d9313225f88406e5a55909c5aff5269a86a7a9531534f7da2e4c303d8a318a721c3c0c95956809532fcf0e2449a6b525b16aed"
+     "f5aa0de657ba637b39",
+     "feedfacedeadbeeffeedfacedeadbeefabaddad2",
+     "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa8cb08e48590dbb3da7b08b1056828838c5f61e"
+     "6393ba7a0abcc9f662",
+     "76fc6ece0f4e1768cddf8853bb2d551b"),
+    ("NIST CAVP gcmEncryptExtIV256, data only",
+     "78dc4e0aaf52d935c3c01eea57428f00ca1fd475f5da86a49c8dd73d68c8e223",
+     "d79cf22d504cc793c3fb6c8a",
+     "",
+     "b96baa8c1c75a671bfb2d08d06be5f36",
+     "",
+     "3e5d486aa2e30b22e040b85723a06e76"),
+    ("NIST CAVP gcmEncryptExtIV256",
+     "83688deb4af8007f9b713b47cfa6c73e35ea7a3aa4ecdb414dded03bf7a0fd3a",
+     "0b459724904e010a46901cf3",
+     "33d893a2114ce06fc15d55e454cf90c3",
+     "794a14ccd178c8ebfd1379dc704c5e208f9d8424",
+     "cc66bee423e3fcd4c0865715e9586696",
+     "0fb291bd3dba94a1dfd8b286cfb97ac5"),
+]
+
+
+class Signer:
+    """Signs by the libcrypto that checks, which the program itself never does."""
+    FUNCTIONS = {"d2i_AutoPrivateKey": "PPPL", "EVP_DigestSignInit": "IPPPPP", "EVP_DigestSign": "IPPPBZ",
+                 "ERR_peek_error": "L"}
+
+    def __init__(self):
+        with mock.patch.dict(receiver._LIBCRYPTO, self.FUNCTIONS):
+            self.crypto = receiver.LibCrypto()
+        self._keys = {}
+        for kind, (text, _) in KEY_PAIRS.items():
+            data = base64.b64decode(text)
+            place = ctypes.c_char_p(data)
+            self._keys[kind] = self.crypto.d2i_AutoPrivateKey(None, ctypes.addressof(place), len(data))
+
+    def sign(self, alg, message, **pss):
+        """The signature of a JWS; settings of PSS may be given."""
+        kind, digest = receiver.JWS_ALGORITHMS[alg]
+        crypto, settings, size = self.crypto, ctypes.c_void_p(), ctypes.c_size_t(1024)
+        context, room = crypto.EVP_MD_CTX_new(), ctypes.create_string_buffer(1024)
+        algorithm = digest and crypto.EVP_get_digestbyname(digest)
+        key = self._keys[kind]
+        assert crypto.EVP_DigestSignInit(context, ctypes.addressof(settings), algorithm, None, key) == 1
+        if alg.startswith("PS"):
+            pss = {"rsa_padding_mode": "pss", "rsa_pss_saltlen": "digest", **pss}
+        for name, value in pss.items():
+            assert crypto.EVP_PKEY_CTX_ctrl_str(settings, name.encode(), value.encode()) == 1
+        assert crypto.EVP_DigestSign(context, room, ctypes.addressof(size), message, len(message)) == 1
+        crypto.EVP_MD_CTX_free(context)
+        signature = room.raw[:size.value]
+        return self._plain(signature, receiver._CURVES[kind][1]) if alg.startswith("ES") else signature
+
+    @staticmethod
+    def _plain(signature, size):
+        r, s = signature[4:4 + signature[3]], signature[6 + signature[3]:]
+        return b"".join(int.from_bytes(half, "big").to_bytes(size, "big") for half in (r, s))
+
+    def public(self, kind):
+        return receiver.PublicKey.from_jwk(self.crypto, KEY_PAIRS[kind][1])
+
+
+class LibCryptoTest(FolderTest):
+
+    @unittest.skipUnless(getattr(sys.modules.get("_ssl"), "__file__", ""), "OpenSSL is a part of this Python")
+    def test_it_is_the_one_that_python_has_loaded(self):
+        self.assertEqual(next(receiver._libcrypto_names()), sys.modules["_ssl"].__file__)
+        self.assertEqual(receiver.LibCrypto().OpenSSL_version_num(), ssl.OPENSSL_VERSION_NUMBER)
+
+    def test_where_it_is_missing_one_sentence_says_what_to_install(self):
+        text = self.folder / "libcrypto.so.3"
+        text.write_text("no library")
+        for names in ([], [""], ["/none/libcrypto.so.3"], [str(text)], [ctypes.util.find_library("c") or ""]):
+            with self.subTest(names), self.assertRaises(SetupError) as raised:
+                receiver.LibCrypto(lambda: names)
+            self.assertRegex(str(raised.exception), "libcrypto 1.1.1 or 3 was not found: install it .*apt")
+            self.assertNotIn("\n", str(raised.exception))
+        good = list(receiver._libcrypto_names())
+        self.assertTrue(receiver.LibCrypto(lambda: ["/none", str(text), *good]).OpenSSL_version_num())
+
+    def test_a_version_that_is_not_promised_is_not_used(self):
+        for number, taken in (
+                (0x1010100f, True), (0x1010117f, True), (0x30000000, True), (0x30500090, True),
+                (0x1000214f, False), (0x1010007f, False), (0x20000000, False), (0x40000000, False)):
+            library = mock.MagicMock()
+            library.OpenSSL_version_num.return_value = number
+            with self.subTest(hex(number)), mock.patch.multiple(
+                    receiver.ctypes, PyDLL=lambda path: library, CDLL=lambda path, handle: library):
+                if taken:
+                    receiver.LibCrypto()
+                else:
+                    self.assertRaises(SetupError, receiver.LibCrypto)
+
+    def test_one_that_lacks_a_function_is_not_used(self):
+        with mock.patch.dict(receiver._LIBCRYPTO, {"EVP_of_tomorrow": "P"}):
+            self.assertRaises(SetupError, receiver.LibCrypto)
+
+    def test_without_ctypes_the_program_starts_and_only_what_needs_it_says_so(self):
+        code = ("import sys; sys.modules['ctypes'] = None; sys.path.insert(0, sys.argv[1])\n"
+                "import webhook_server as receiver\n"
+                "receiver.Config()\n"
+                "try: receiver.LibCrypto()\n"
+                "except receiver.SetupError as error: print(error)")
+        done = subprocess.run([sys.executable, "-S", "-I", "-c", code, str(HERE)], capture_output=True,
+                              timeout=WAIT)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertIn(b"lacks ctypes", done.stdout)
+
+
+class AESGCMTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.crypto = Signer().crypto
+
+    def setUp(self):
+        self.cipher, self.nonce = receiver.AESGCM(self.crypto, b"k" * 32), b"n" * 12
+
+    def test_published_examples_are_sealed_as_published_and_opened(self):
+        for name, *parts in GCM_EXAMPLES:
+            with self.subTest(name):
+                key, nonce, plaintext, data, ciphertext, tag = map(bytes.fromhex, parts)
+                cipher = receiver.AESGCM(self.crypto, key)
+                self.assertEqual(cipher.open(nonce, ciphertext + tag, data), plaintext)
+                self.assertEqual(cipher.seal(nonce, plaintext, data), ciphertext + tag)
+
+    def test_whatever_is_changed_is_noticed_and_leaves_no_trace(self):
+        sealed = self.cipher.seal(self.nonce, b"of a patient", b"row 1")
+        whole = (self.nonce, sealed, b"row 1")
+        changed = [(*whole[:part], whole[part][:at] + bytes([whole[part][at] ^ 1]) + whole[part][at + 1:],
+                    *whole[part + 1:]) for part in range(3) for at in range(len(whole[part]))]
+        changed += [(self.nonce, sealed[:-1], b"row 1"), (self.nonce, sealed[1:], b"row 1"),
+                    (self.nonce, sealed + b"\0", b"row 1"), (self.nonce, sealed, b""),
+                    (self.nonce, sealed, b"row 1\0"), (self.nonce, sealed[-16:], b"row 1"),
+                    (self.nonce, b"", b"row 1"), (self.nonce, sealed[:15], b"row 1")]
+        for parts in changed:
+            with self.subTest(parts), self.assertRaises(ValueError) as raised:
+                self.cipher.open(*parts)
+            self.assertNotIn("patient", str(raised.exception))
+            self.assertEqual(self.cipher.open(*whole), b"of a patient")
+        self.assertRaises(ValueError, receiver.AESGCM(self.crypto, b"j" * 32).open, *whole)
+        self.assertEqual(self.crypto.ERR_peek_error(), 0)
+
+    def test_sizes_from_nothing_to_a_megabyte_come_back(self):
+        for size in (0, 1, 15, 16, 17, 1008, 1024, 65520, 65536, MEGABYTE):
+            for data in (b"", b"d", b"d" * size):
+                text = os.urandom(size)
+                sealed = receiver.AESGCM(self.crypto, b"k" * 32).seal(self.nonce, text, data)
+                self.assertEqual(len(sealed), size + 16)
+                for cipher in (receiver.AESGCM(self.crypto, b"k" * 32), self.cipher):
+                    self.assertEqual(cipher.open(self.nonce, sealed, data), text)
+                    self.assertEqual(cipher.seal(self.nonce, text, data), sealed)
+
+    def test_keys_and_nonces_of_another_size_are_refused(self):
+        for size in (0, 16, 24, 31, 33):
+            self.assertRaises(ValueError, receiver.AESGCM, self.crypto, b"k" * size)
+        for size in (0, 8, 11, 13, 16):
+            self.assertRaises(ValueError, self.cipher.seal, b"n" * size, b"x", b"")
+            self.assertRaises(ValueError, self.cipher.open, b"n" * size, b"x" * 17, b"")
+
+    def test_eight_threads_at_once_do_not_mix_what_they_seal(self):
+        done = []
+
+        def work():
+            for number in range(300):
+                text, nonce = os.urandom(number), os.urandom(12)
+                sealed = self.cipher.seal(nonce, text, b"d")
+                with contextlib.suppress(ValueError):
+                    self.cipher.open(nonce, sealed, b"other")
+                done.append(self.cipher.open(nonce, sealed, b"d") == text)
+
+        in_threads(8, work)
+        self.assertEqual((len(done), set(done)), (2400, {True}))
+
+    def test_every_context_is_freed_also_after_a_failure(self):
+        alive = Counter()
+        crypto = receiver.LibCrypto()
+        new, free = crypto.EVP_CIPHER_CTX_new, crypto.EVP_CIPHER_CTX_free
+
+        def counted_new():
+            alive["contexts"] += 1
+            return new()
+
+        def counted_free(context):
+            alive["contexts"] -= 1
+            free(context)
+
+        crypto.EVP_CIPHER_CTX_new, crypto.EVP_CIPHER_CTX_free = counted_new, counted_free
+        cipher = receiver.AESGCM(crypto, b"k" * 32)
+        for _ in range(20):
+            cipher.open(self.nonce, cipher.seal(self.nonce, b"x" * MEGABYTE, b""), b"")
+            self.assertRaises(ValueError, cipher.open, self.nonce, b"x" * 20, b"")
+        self.assertLessEqual(alive["contexts"], 2)
+        with mock.patch.object(crypto, "EVP_CipherInit_ex", return_value=0):
+            self.assertRaises(ValueError, receiver.AESGCM, crypto, b"k" * 32)
+            self.assertRaises(ValueError, cipher.seal, self.nonce, b"x", b"")
+        del cipher
+        gc.collect()
+        self.assertEqual(alive["contexts"], 0)
+
+
+class PublicKeyTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.signer = Signer()
+        cls.crypto = cls.signer.crypto
+
+    def key(self, jwk):
+        return receiver.PublicKey.from_jwk(self.crypto, jwk)
+
+    def tearDown(self):
+        self.assertEqual(self.crypto.ERR_peek_error(), 0)      # or the next call of ssl would raise it
+
+    def test_published_examples_are_true_and_not_when_anything_is_changed(self):
+        for name, alg, jwk, token in SIGNED_EXAMPLES:
+            with self.subTest(name):
+                message, _, text = token.rpartition(".")
+                signature, key = receiver.base64url_bytes(text), self.key(jwk)
+                self.assertTrue(key.verify(alg, message.encode(), signature))
+                for at in range(len(signature)):
+                    changed = signature[:at] + bytes([signature[at] ^ 1]) + signature[at + 1:]
+                    self.assertFalse(key.verify(alg, message.encode(), changed))
+                for changed in (signature[:-1], signature + b"\0", b"\0" + signature, b"", signature[1:]):
+                    self.assertFalse(key.verify(alg, message.encode(), changed))
+                self.assertFalse(key.verify(alg, message.encode() + b"x", signature))
+                for other in set(receiver.JWS_ALGORITHMS) - {alg} | {"", "none", "HS256", alg.lower()}:
+                    self.assertFalse(key.verify(other, message.encode(), signature))
+
+    def test_each_algorithm_takes_signatures_of_its_own_and_of_no_other(self):
+        for alg, (kind, _) in receiver.JWS_ALGORITHMS.items():
+            signature = self.signer.sign(alg, b"message")
+            for other in receiver.JWS_ALGORITHMS:
+                for key in KEY_PAIRS:
+                    with self.subTest(alg, other=other, key=key):
+                        taken = self.signer.public(key).verify(other, b"message", signature)
+                        self.assertEqual(taken, (other, key) == (alg, kind))
+
+    def test_pss_takes_the_salt_and_the_mask_of_its_digest_only(self):
+        key = self.signer.public("RSA")
+        for pss, taken in (({}, True), ({"rsa_pss_saltlen": "32"}, True), ({"rsa_pss_saltlen": "20"}, False),
+                           ({"rsa_pss_saltlen": "0"}, False), ({"rsa_pss_saltlen": "max"}, False),
+                           ({"rsa_mgf1_md": "SHA256"}, True), ({"rsa_mgf1_md": "SHA1"}, False)):
+            with self.subTest(pss):
+                signature = self.signer.sign("PS256", b"message", **pss)
+                self.assertEqual(key.verify("PS256", b"message", signature), taken)
+
+    def test_signatures_of_curves_have_two_numbers_of_the_right_length_and_neither_is_0(self):
+        for alg, kind, size in (("ES256", "P-256", 32), ("ES384", "P-384", 48)):
+            key, signature = self.signer.public(kind), self.signer.sign(alg, b"message")
+            r, s = signature[:size], signature[size:]
+            self.assertTrue(key.verify(alg, b"message", r + s))
+            nothing, one, most = bytes(size), bytes(size - 1) + b"\1", b"\xff" * size
+            for forged in (nothing + nothing, r + nothing, nothing + s, one + one, most + most, s + r, b"",
+                           b"\0" + r + b"\0" + s, r + s + b"\0", r[1:] + s, r + s[:-1],
+                           receiver._der_integers(*(int.from_bytes(half, "big") for half in (r, s)))):
+                with self.subTest(alg, forged=forged.hex()):
+                    self.assertFalse(key.verify(alg, b"message", forged))
+
+    def test_keys_that_are_no_good_are_refused_beside_ones_that_are(self):
+        rsa, p256, ed = (KEY_PAIRS[kind][1] for kind in ("RSA", "P-256", "Ed25519"))
+        number = int.from_bytes(receiver.base64url_bytes(rsa["n"]), "big")
+        for reason, jwk in (
+                ("2048", {**rsa, "n": base64url((number >> 1) | 1)}),
+                ("8192", {**rsa, "n": base64url((1 << 8192) | 1)}),
+                ("odd", {**rsa, "n": base64url(number - 1)}), ("exponent", {**rsa, "e": "AQ"}),
+                ("exponent", {**rsa, "e": "AAAA"}), ("exponent", {**rsa, "e": "BA"}),
+                ("exponent", {**rsa, "e": base64url((1 << 32) | 1)}), ("base64url", {**rsa, "e": "AQAB="}),
+                ("base64url", {**rsa, "e": "AQ B"}), ("base64url", {**rsa, "n": 5}),
+                ("base64url", {"kty": "RSA"}),
+                ("no key of P-256", {**p256, "y": p256["x"]}), ("no key of P-256", {**p256, "x": "A" * 43}),
+                ("32 bytes", {**p256, "x": p256["x"][:-2] + "A"}), ("48 bytes", {**p256, "crv": "P-384"}),
+                ("base64url", {**p256, "y": None}), ("must be a key", {**p256, "crv": "P-521"}),
+                ("must be a key", {**p256, "crv": "secp256k1"}),
+                ("must be a key", {**p256, "crv": ["P-256"]}),
+                ("must be a key", {**p256, "kty": "OKP"}), ("must be a key", {**ed, "kty": "EC"}),
+                ("must be a key", {**ed, "crv": "X25519"}), ("must be a key", {**ed, "crv": "Ed448"}),
+                ("32 bytes", {**ed, "x": "A" * 44}), ("must be a key", {"kty": "oct", "k": "c2VjcmV0"}),
+                ("must be a key", {"kty": ["RSA"]}), ("must be a key", {})):
+            with self.subTest(reason, jwk=jwk), self.assertRaisesRegex(ValueError, reason):
+                self.key(jwk)
+        for kind, (_, jwk) in KEY_PAIRS.items():
+            self.assertEqual(self.key({**jwk, "d": "ignored", "kid": ["ignored"]}).kind, kind)
+
+    def test_base64url_has_one_spelling(self):
+        for text, data in (("", b""), ("AA", b"\0"), ("AAA", b"\0\0"), ("-_-_", b"\xfb\xff\xbf")):
+            self.assertEqual(receiver.base64url_bytes(text), data)
+        for text in ("A", "AB", "AAB", "AA==", "AA=", "A A", "AA\n", " AA", "+/+/", "AAAA=", "AAAAA",
+                     "\xc4\x80A", "A\0", "\ud800A", None, 5, b"AA", ["AA"]):
+            with self.subTest(text):
+                self.assertRaises(ValueError, receiver.base64url_bytes, text)
+
+    def test_eight_threads_at_once_check_with_the_same_keys(self):
+        keys = {kind: self.signer.public(kind) for kind in KEY_PAIRS}
+        signed = [(alg, kind, self.signer.sign(alg, b"message"))
+                  for alg, (kind, _) in receiver.JWS_ALGORITHMS.items()]
+        results = []
+
+        def work():
+            for _ in range(5):
+                for alg, kind, signature in signed:
+                    results.append((keys[kind].verify(alg, b"message", signature),
+                                    keys[kind].verify(alg, b"massage", signature)))
+
+        in_threads(8, work)
+        self.assertEqual((len(results), set(results)), (8 * 5 * 9, {(True, False)}))
+
+    def test_an_interrupted_check_frees_what_it_took(self):
+        alive, key = Counter(), self.signer.public("RSA")
+        new, free = self.crypto.EVP_MD_CTX_new, self.crypto.EVP_MD_CTX_free
+        with mock.patch.multiple(
+                self.crypto, EVP_MD_CTX_new=lambda: (alive.update(["new"]), new())[1],
+                EVP_MD_CTX_free=lambda context: (alive.update(["free"]), free(context)),
+                EVP_DigestVerify=mock.Mock(side_effect=[1, 0, -1, KeyboardInterrupt])):
+            for expected in (True, False, False):
+                self.assertEqual(key.verify("RS256", b"message", b"x" * 256), expected)
+            self.assertRaises(KeyboardInterrupt, key.verify, "RS256", b"message", b"x" * 256)
+        self.assertEqual(alive, {"new": 4, "free": 4})
 
 
 # =============================================================================
@@ -6270,6 +6715,917 @@ json.dump([globals()[name](*arguments) for name, *arguments in asked], sys.stdou
         self.assertEqual(sum(theirs), 18)       # three libraries, two times, three edits: nothing else passes
 
 
+LOCALHOST_PEM = """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXMbWP9r/tOzp50dG
+R3lT6csMXIIF5W2QPjbFT7qJ03ChRANCAAQWhdDdl5mqXMr3CYqmVk3HfiICGJ27
+bj9gCCb4VK+gTIByu1CluirAfSXs+cZn2nL7QQKq/OOt9kka9/SrbIIm
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBeDCCAR2gAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CWxvY2FsaG9zdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABBaF0N2XmapcyvcJ
+iqZWTcd+IgIYnbtuP2AIJvhUr6BMgHK7UKW6KsB9Jez5xmfacvtBAqr84632SRr3
+9KtsgiajXjBcMBoGA1UdEQQTMBGCCWxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MA4GA1UdDwEB/wQEAwIChDAdBgNVHQ4EFgQUKVqYk7u5EUYq+46cO0RG
+dldnDaYwCgYIKoZIzj0EAwIDSQAwRgIhAOSN9U5/WcsqDkfwGNbJNPmEuctVwxT8
+pslIS3d4ZS5dAiEAlQJKJzTbtWjKc133/jdVxdIL/nLQBVJxcIYtEH4LZXY=
+-----END CERTIFICATE-----
+"""             # made for these tests: a key and its certificate, until 2120
+
+
+class Issuer:
+    """An identity provider on a free port, over HTTPS with a folder for its certificate; answer(handler) answers
+    each request, with the JSON `document` unless a test replaces it."""
+
+    def __init__(self, test, document=None, folder=None):
+        self.document, self.requests, issuer = document, [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                issuer.requests.append((self.command, self.path, dict(self.headers), body))
+                issuer.answer(self)
+
+            do_POST = do_GET
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads, scheme = True, "http"
+        self.server.handle_error = lambda *arguments: None
+        if folder is not None:
+            scheme, path = "https", folder / "localhost.pem"
+            path.write_text(LOCALHOST_PEM)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(path)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True,
+                                                     do_handshake_on_connect=False)
+        self.url = f"{scheme}://127.0.0.1:{self.server.server_port}/keys"
+        thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        test.addCleanup(thread.join)
+        test.addCleanup(self.server.server_close)
+        test.addCleanup(self.server.shutdown)
+
+    def answer(self, handler):
+        self.send(handler, 200, json.dumps(self.document).encode())
+
+    def send(self, handler, status, body, **fields):
+        with contextlib.suppress(OSError):              # who asks may have gone
+            handler.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **fields}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(body)
+
+
+class OauthTest(FolderTest):
+    """What the tests of tokens use: a signer, two clocks, tokens that are good but for what is changed."""
+    NOW = 1700000000
+    SETTINGS = {"issuer": "https://idp.example", "audience": "appointments"}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.signer = Signer()
+
+    def setUp(self):
+        super().setUp()
+        self.clock, self.ticks, self.told = FakeClock(), FakeClock(), []
+        self.clock.time = self.NOW
+
+    @staticmethod
+    def jwk(kind, **members):
+        """The public key of a kind, which is its kid, too; members that are ... are left out."""
+        whole = {"kid": kind, **KEY_PAIRS[kind][1], **members}
+        return {name: value for name, value in whole.items() if value is not ...}
+
+    def tokens(self, **settings):
+        """Tokens with keys of all kinds in a file, or whatever the settings say."""
+        if not {"jwks_url", "introspection_url"} & set(settings):
+            keys = settings.pop("keys", [self.jwk(kind) for kind in KEY_PAIRS])
+            settings["jwks_file"] = "jwks.json"
+            (self.folder / "jwks.json").write_text(json.dumps({"keys": keys}))
+        tokens = receiver.Tokens({**self.SETTINGS, **settings}, str(self.folder), self.signer.crypto,
+                                 lambda level, text: self.told.append((level, text)), self.clock, self.ticks)
+        self.addCleanup(tokens.stop)
+        return tokens
+
+    def claims(self, **members):
+        whole = {"iss": "https://idp.example", "aud": "appointments", "exp": self.NOW + 300, "sub": "robot",
+                 **members}
+        return {name: value for name, value in whole.items() if value is not ...}
+
+    def token(self, alg="EdDSA", header=(), **claims):
+        """A signed token; `header` has further members, claims that are ... are left out."""
+        whole = {"alg": alg, "kid": receiver.JWS_ALGORITHMS[alg][0], **dict(header)}
+        return self.signed({name: value for name, value in whole.items() if value is not ...},
+                           self.claims(**claims), alg)
+
+    def signed(self, header, claims, alg="EdDSA"):
+        """A token of two values, or of the bytes that stand for them."""
+        message = f"{base64url(header)}.{base64url(claims)}"
+        return f"{message}.{base64url(self.signer.sign(alg, message.encode()))}"
+
+    def refuses(self, tokens, token, note, may_wait=False):
+        with self.assertRaises(receiver.Refusal) as raised:
+            tokens.verify(token, may_wait)
+        self.assertEqual(raised.exception.status, 401, raised.exception.note)
+        self.assertRegex(raised.exception.note, note)
+        for part in filter(None, token.split(".")):
+            self.assertNotIn(part, raised.exception.note + raised.exception.message)
+
+    def has_no_keys(self, tokens, token, may_wait=True):
+        with self.assertRaises(receiver.Refusal) as raised:
+            tokens.verify(token, may_wait)
+        refusal = raised.exception
+        self.assertEqual((refusal.status, "Retry-After" in refusal.fields), (503, True), refusal.note)
+        return refusal.note
+
+
+class OauthSettingsTest(OauthTest):
+
+    def read(self, oauth):
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": [], "oauth": oauth}))
+        return receiver.read_clients(str(path), False).oauth
+
+    def test_what_is_wrong_in_the_clients_file_is_named(self):
+        good = {**self.SETTINGS, "jwks_file": "jwks.json"}
+        asked = {**self.SETTINGS, "introspection_url": "https://x", "client_id": "a",
+                 "client_secret_file": "b"}
+        for oauth in (good, asked, {**good, "leeway": 0}, {**good, "scopes": {"x": "admin"}},
+                      {**good, "scopes": {}}):
+            self.assertEqual(self.read(oauth), oauth)
+        for oauth, place in (([], "/oauth"), ({"issuer": "x"}, "/oauth/audience"),
+                             ({**good, "issuer": ""}, "/oauth/issuer"),
+                             ({**good, "audience": ["a"]}, "/oauth/audience"),
+                             ({**good, "leeway": -1}, "/oauth/leeway"),
+                             ({**good, "leeway": "60"}, "/oauth/leeway"),
+                             ({**good, "jwk_file": "x"}, "/oauth/jwk_file"),
+                             ({**good, "scopes": {"x": "boss"}}, "/oauth/scopes/x"),
+                             ({**good, "client_id": "a"}, "/oauth/introspection_url"),
+                             ({**asked, "client_secret_file": 5}, "/oauth/client_secret_file"),
+                             ({**self.SETTINGS, "introspection_url": "https://x"}, "/oauth/client_id")):
+            with self.subTest(oauth), self.assertRaises(SetupError) as raised:
+                self.read(oauth)
+            self.assertIn(place + ":", str(raised.exception))
+
+    def test_keys_come_from_one_place(self):
+        for ways in ({}, {"jwks_file": "a", "jwks_url": "https://x"}):
+            with self.assertRaisesRegex(SetupError, "one of jwks_file, jwks_url and introspection_url"):
+                receiver.Tokens({**self.SETTINGS, **ways}, ".", self.signer.crypto, print)
+
+    def test_a_file_of_keys_that_is_no_good_is_one_line_with_its_name(self):
+        path = self.folder / "jwks.json"
+        for text, reason in ((None, "No such file"), ("{", "Invalid JSON"), ("[]", "no JWK set"),
+                             ('{"keys": {}}', "no JWK set"),
+                             ('{"keys": []}', "no key that"), ('{"keys": [{"kty": "oct", "k": "AAAA"}]}',
+                                                               "no key that"),
+                             ('{"keys": [], "keys": []}', "already has")):
+            if text is not None:
+                path.write_text(text)
+            with self.subTest(text), self.assertRaises(SetupError) as raised:
+                receiver.Tokens({**self.SETTINGS, "jwks_file": "jwks.json"}, str(self.folder),
+                                self.signer.crypto, print)
+            self.assertRegex(str(raised.exception), f"^clients: /oauth/jwks_file: .*jwks.json: .*{reason}")
+            self.assertNotIn("\n", str(raised.exception))
+        with self.assertRaisesRegex(SetupError, "folder"):
+            receiver.Tokens({**self.SETTINGS, "jwks_file": "."}, str(self.folder), self.signer.crypto, print)
+
+    def test_a_secret_that_is_missing_or_empty_is_one_line_that_does_not_show_it(self):
+        settings = {"introspection_url": "https://idp.example/", "client_id": "us",
+                    "client_secret_file": "secret"}
+        for data, reason in ((None, "No such file"), (b"", "is empty"), (b"\r\n", "is empty"),
+                             (b"s3cr\xff", "decode")):
+            if data is not None:
+                (self.folder / "secret").write_bytes(data)
+            with self.subTest(data), self.assertRaises(SetupError) as raised:
+                self.tokens(**settings)
+            self.assertRegex(str(raised.exception), f"^clients: /oauth/client_secret_file: .*{reason}")
+            self.assertNotIn("s3cr", str(raised.exception))
+        (self.folder / "secret").write_bytes(b"s3cret\n")
+        self.tokens(**settings)
+
+    def test_addresses_are_https_or_of_this_machine(self):
+        for url in ("https://idp.example", "https://idp.example:8443/a?b=c", "http://localhost:1/",
+                    "http://127.0.0.9/",
+                    "http://[::1]:8080/keys"):
+            self.tokens(jwks_url=url)
+        for url, reason in (("http://idp.example/", "must be https"),
+                            ("http://localhost.example/", "must be https"),
+                            ("http://10.0.0.1/", "must be https"), ("ftp://idp.example/", "such as"),
+                            ("idp.example", "such as"),
+                            ("https://", "such as"), ("https://a:b@idp.example/", "such as"),
+                            ("file:///etc/keys", "such as"),
+                            ("https://idp.example:port/", "such as"), ("https://idp.example/#a", "such as"),
+                            ("https://idp.example/a\nb", "such as"), ("https://[::1/", "such as")):
+            with self.subTest(url), self.assertRaisesRegex(SetupError,
+                                                           "^clients: /oauth/jwks_url: .*" + reason):
+                self.tokens(jwks_url=url)
+
+
+class OauthTokenTest(OauthTest):
+    """Tokens that are checked with keys."""
+
+    def test_a_token_of_each_algorithm_is_taken_and_not_when_a_byte_of_it_is_changed(self):
+        tokens = self.tokens()
+        for alg in receiver.JWS_ALGORITHMS:
+            with self.subTest(alg):
+                token = self.token(alg)
+                self.assertEqual(tokens.verify(token, False).subject, "robot")
+                head, claims, signature = token.split(".")
+                other = self.token(alg, sub="robin").split(".")
+                self.refuses(tokens, f"{head}.{other[1]}.{signature}", "signature")
+                self.refuses(tokens, f"{head}.{claims}.{other[2]}", "signature")
+                other_head = self.token(alg, {"a": 1}).split(".")[0]
+                self.refuses(tokens, f"{other_head}.{claims}.{signature}", "signature")
+                self.refuses(tokens, f"{head}.{claims}.{signature[:-4]}", "signature")
+                self.refuses(tokens, f"{head}.{claims}.", "signature")
+
+    def test_it_says_who_it_is_and_what_they_may(self):
+        tokens = self.tokens()
+        for claims, client_id, subject, scopes in (
+                ({}, "", "robot", ""), ({"client_id": "c", "azp": "a"}, "c", "robot", ""),
+                ({"azp": "a", "sub": ...}, "a", "", ""),
+                ({"client_id": 5, "azp": ["a"], "sub": {}}, "", "", ""),
+                ({"scope": "x:1 y"}, "", "robot", "x:1 y"),
+                ({"scope": " x  y "}, "", "robot", "x y"), ({"scp": "x y"}, "", "robot", "x y"),
+                ({"scp": ["x", "y z", "", 5]}, "", "robot", "x|y z"),
+                ({"scope": "x", "scp": "y"}, "", "robot", "x"),
+                ({"scope": "x\u00a0y"}, "", "robot", "x\u00a0y"), ({"scope": 5}, "", "robot", ""),
+                ({"scp": {"x": 1}}, "", "robot", "")):
+            with self.subTest(claims):
+                scopes = frozenset(filter(None, scopes.split("|" if "|" in scopes else " ")))
+                self.assertEqual(tokens.verify(self.token(**claims), False),
+                                 (client_id, subject, scopes, self.NOW + 360))
+
+    def test_scopes_are_roles_by_the_settings_or_by_default(self):
+        self.assertEqual(self.tokens().scopes, {"appointments:write": "sender", "appointments:read": "reader",
+                                                "appointments:operate": "operator"})
+        self.assertEqual(self.tokens(scopes={"x": "admin"}).scopes, {"x": "admin"})
+        self.assertLessEqual(set(receiver.DEFAULT_SCOPES.values()), set(receiver.ROLES))
+
+    def test_no_algorithm_but_ours_is_taken_whatever_key_it_names(self):
+        tokens = self.tokens()
+        for alg in ("none", "None", "NONE", "", "HS256", "HS384", "HS512", "rs256", "RS256 ", "RS1", "ES512",
+                    "ES256K",
+                    "RSA-OAEP", "dir", None, 5, True, ["RS256"], {"alg": "RS256"}, ...):
+            for kid in ("RSA", ...):
+                header = {"alg": alg, "kid": kid}
+                header = {name: value for name, value in header.items() if value is not ...}
+                message = f"{base64url(header)}.{base64url(self.claims())}"
+                for signature in ("", "AAAA", base64url(self.signer.sign("RS256", message.encode()))):
+                    with self.subTest(header, signature=signature[:4]):
+                        self.refuses(tokens, f"{message}.{signature}", "algorithm")
+
+    def test_a_public_key_is_no_secret_of_an_hmac(self):
+        tokens = self.tokens()
+        data = base64.b64decode(KEY_PAIRS["RSA"][0])
+        for secret in (KEY_PAIRS["RSA"][1]["n"].encode(), receiver.base64url_bytes(KEY_PAIRS["RSA"][1]["n"]),
+                       json.dumps(self.jwk("RSA")).encode(), b"", data):
+            for kid in ("RSA", ...):
+                header = {"alg": "HS256"} if kid is ... else {"alg": "HS256", "kid": kid}
+                message = f"{base64url(header)}.{base64url(self.claims())}"
+                digest = hmac.new(secret, message.encode(), "sha256").digest()
+                self.refuses(tokens, f"{message}.{base64url(digest)}", "algorithm")
+
+    def test_a_token_goes_with_the_key_that_it_names_and_with_no_other(self):
+        tokens = self.tokens()
+        tokens.verify(self.token(), False)
+        for kid in ("ed25519", "Ed25519 ", "", "../../../dev/null", "/dev/null", "' OR 1=1 --",
+                    "http://evil.example/key",
+                    "P-256", "RSA", "\u0000".join("ab"), "x" * 3000):
+            with self.subTest(kid):
+                self.refuses(tokens, self.token(header={"kid": kid}), "key that is not known|header")
+        for kid in (None, 5, True, ["Ed25519"], {"kid": "Ed25519"}):
+            with self.subTest(kid):
+                self.refuses(tokens, self.token(header={"kid": kid}), "kid that is no text")
+
+    def test_a_token_that_names_no_key_is_taken_where_there_is_no_choice(self):
+        tokens = self.tokens(keys=[self.jwk("Ed25519", kid=...), self.jwk("RSA"),
+                                   self.jwk("RSA", kid="other")])
+        tokens.verify(self.token(header={"kid": ...}), False)
+        self.refuses(tokens, self.token("RS256", {"kid": ...}), "key that is not known")
+        tokens.verify(self.token("RS256", {"kid": "other"}), False)
+        self.refuses(tokens, self.token(), "key that is not known")     # it names one, and that has no name
+        self.refuses(tokens, self.token("ES256", {"kid": ...}), "key that is not known")
+
+    def test_keys_that_a_token_brings_along_are_not_looked_at(self):
+        issuer = Issuer(self, {"keys": [self.jwk("P-256")]})
+        tokens = self.tokens(keys=[self.jwk("RSA")])
+        brought = {"jku": issuer.url, "x5u": issuer.url, "jwk": self.jwk("P-256"), "x5c": ["MIIB"],
+                   "x5t": "AA"}
+        for kid in ("P-256", "RSA", ...):
+            self.refuses(tokens, self.token("ES256", {**brought, "kid": kid}), "key that is not known")
+        self.assertEqual(tokens.verify(self.token("RS256", brought), False).subject, "robot")
+        self.assertEqual(issuer.requests, [])
+
+    def test_extensions_that_must_be_understood_are_not(self):
+        tokens = self.tokens()
+        for crit in (["b64"], ["exp"], [], None, "b64"):
+            self.refuses(tokens, self.token(header={"crit": crit, "b64": False, "exp": 5}), "extensions")
+        for header in ({"b64": True}, {"typ": "at+jwt"}, {"typ": "anything"}, {"cty": "x"}, {"exp": 5}):
+            tokens.verify(self.token(header=header), False)
+
+    def test_it_is_taken_from_its_beginning_to_its_end_and_a_leeway_around(self):
+        now = self.NOW
+        for leeway, exp, nbf, iat, note in (
+                (60, 1, 0, 0, ""), (60, -59, 0, 0, ""), (60, -60, 0, 0, "expired 60 s ago"),
+                (60, -3600, 0, 0, "expired 3600 s ago"),
+                (0, 1, 0, 0, ""), (0, 0, 0, 0, "expired"), (60, 1, 60, 0, ""),
+                (60, 1, 61, 0, "nbf that is 61 s ahead"),
+                (60, 1, 0, 60, ""), (60, 1, 0, 61, "iat that is 61 s ahead"), (0, 1, 1, 0, "nbf"),
+                (0, 1, 0, 1, "iat"),
+                (60, 10 ** 9, -10 ** 9, -10 ** 9, ""), (60, -59.5, 0.5, 59.5, ""), (0.5, 0, 0, 0.5, "")):
+            with self.subTest(leeway=leeway, exp=exp, nbf=nbf, iat=iat):
+                tokens = self.tokens(leeway=leeway)
+                token = self.token(exp=now + exp, nbf=now + nbf, iat=now + iat)
+                if note:
+                    self.refuses(tokens, token, note)
+                else:
+                    self.assertEqual(tokens.verify(token, False).expires, now + exp + leeway)
+
+    def test_times_are_numbers(self):
+        tokens = self.tokens()
+        text = json.dumps(self.claims(exp="EXP", nbf="NBF", iat="IAT"))
+        for exp, nbf, iat in (("1700000300", "0", "0"), ("1.7000003e9", "-1", "0.5"),
+                              ("1" + "0" * 90, "-1e300", "-0.0")):
+            claims = text.replace('"EXP"', exp).replace('"NBF"', nbf).replace('"IAT"', iat).encode()
+            self.assertEqual(tokens.verify(self.signed({"alg": "EdDSA", "kid": "Ed25519"}, claims),
+                                           False).subject, "robot")
+        for bad in ('"1700000300"', "true", "false", "null", "[1700000300]", "{}", "NaN", "Infinity",
+                    "-Infinity", "1e400",
+                    "1" + "0" * 101, "01700000300", "+1700000300", "1700000300.", "0x6553f1dc", "1e", ""):
+            for name in ("EXP", "NBF", "IAT"):
+                claims = text.replace(f'"{name}"', bad)
+                claims = claims.replace('"EXP"', "1700000300").replace('"NBF"', "0").replace('"IAT"',
+                                                                                             "0").encode()
+                with self.subTest(bad, name=name):
+                    self.refuses(tokens, self.signed({"alg": "EdDSA", "kid": "Ed25519"}, claims),
+                                 "that is no number|claims that cannot be read")
+
+    def test_it_is_for_us_and_from_the_issuer_that_we_trust(self):
+        tokens = self.tokens()
+        for claims, note in (
+                ({"iss": ...}, "has no iss"), ({"aud": ...}, "has no aud"), ({"exp": ...}, "has no exp"),
+                ({"iss": "https://idp.example/"}, "another issuer"),
+                ({"iss": "https://evil.example"}, "another issuer"),
+                ({"iss": "HTTPS://idp.example"}, "another issuer"),
+                ({"iss": ["https://idp.example"]}, "another issuer"),
+                ({"iss": None}, "another issuer"), ({"aud": "appointment"}, "another audience"),
+                ({"aud": "appointments "}, "another audience"), ({"aud": []}, "another audience"),
+                ({"aud": ["a", "b"]}, "another audience"), ({"aud": [["appointments"]]}, "another audience"),
+                ({"aud": {"appointments": 1}}, "another audience"), ({"aud": None}, "another audience"),
+                ({"aud": True}, "another audience")):
+            with self.subTest(claims):
+                self.refuses(tokens, self.token(**claims), note)
+        for aud in ("appointments", ["appointments"], ["other", 5, "appointments"]):
+            tokens.verify(self.token(aud=aud), False)
+
+    def test_header_and_claims_are_strict_json_objects(self):
+        tokens = self.tokens()
+        good = json.dumps(self.claims()).encode()
+        head = b'{"alg": "EdDSA", "kid": "Ed25519"}'
+        self.assertEqual(tokens.verify(self.signed(head, good), False).subject, "robot")
+        self.assertEqual(tokens.verify(self.signed(b" \n" + head, good + b"\t"), False).subject, "robot")
+        for bad in (b'{"alg": "none", "alg": "EdDSA", "kid": "Ed25519"}',
+                    b'{"alg": "EdDSA", "kid": "RSA", "kid": "Ed25519"}',
+                    b'{"alg": "EdDSA", "\\u0061lg": "none", "kid": "Ed25519"}', b"[]", b'"EdDSA"', b"null",
+                    b"", head + head,
+                    head[:-1], b"\xef\xbb\xbf" + head, head.decode().encode("utf-16"), b"\xff",
+                    b"{" * 70 + b"}" * 70,
+                    b'{"alg": "EdDSA", "kid": "Ed25519", "x": NaN}'):
+            with self.subTest(bad):
+                self.refuses(tokens, self.signed(bad, good), "header that cannot be read")
+        for bad in (good[:-1] + b', "sub": "admin"}', good[:-1] + b', "exp": 9999999999}', b"[" + good + b"]",
+                    b'"x"', b"", good + b"x",
+                    good.replace(b"robot", b"\xff"), good.replace(b"robot", b"\\ud800")):
+            with self.subTest(bad):
+                self.refuses(tokens, self.signed(head, bad), "claims that cannot be read")
+
+    def test_a_token_has_one_spelling(self):
+        tokens = self.tokens()
+        token = self.token()
+        head, claims, signature = token.split(".")
+        tokens.verify(token, False)
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+        other_bits = signature[:-1] + letters[letters.index(signature[-1]) | 1]
+        self.assertEqual(base64.urlsafe_b64decode(other_bits + "=="),
+                         base64.urlsafe_b64decode(signature + "=="))
+        for variant in (token + "=", token + "==", token + "\n", " " + token, token + " ", token + ".",
+                        "." + token, f"{head}.{claims}",
+                        f"{head}.{claims}.{signature}.x", f"{head}..{signature}", f".{claims}.{signature}",
+                        "", ".", "..", "...",
+                        f"{head}.{claims}.{other_bits}", f"{head}=.{claims}.{signature}",
+                        f"{head}.{claims[:9]}\n{claims[9:]}.{signature}",
+                        f"{head}.{claims}.{signature[:9]} {signature[9:]}",
+                        f"{head}.{claims}.+/{signature[2:]}",
+                        f"{head}.{claims}.\u00e4{signature[1:]}", f"{head}\u2024{claims}.{signature}",
+                        token.upper(), "\ud800",
+                        json.dumps({"payload": claims, "protected": head, "signature": signature})):
+            with self.subTest(variant):
+                self.refuses(tokens, variant, "^the token ")
+
+    def test_one_without_end_is_not_even_hashed(self):
+        with mock.patch.object(receiver.hashlib, "sha256", side_effect=AssertionError):
+            self.refuses(self.tokens(), "x" * 20000, "longer than 16384")
+
+    def test_keys_of_ours_are_never_taken_for_tokens(self):
+        self.refuses(self.tokens(), "whk_" + self.token(), "one of our keys")
+
+    def test_keys_that_are_not_for_this_are_skipped_beside_those_that_are(self):
+        good = self.jwk("Ed25519")
+        self.tokens(keys=[good, 5, None, "x", [], {}, {"kty": "oct", "k": "c2VjcmV0",
+                                                       "kid": "Ed25519"}]).verify(self.token(), False)
+        for members in ({"use": "enc"}, {"use": ["sig"]}, {"key_ops": ["sign"]}, {"key_ops": []},
+                        {"key_ops": "verify"},
+                        {"kty": "RSA"}, {"x": good["x"] + "="}, {"crv": "Ed448"}, {"alg": "ES256"},
+                        {"alg": 5}, {"kid": 5}):
+            with self.subTest(members):
+                tokens = self.tokens(keys=[self.jwk("Ed25519", **members), self.jwk("RSA")])
+                self.refuses(tokens, self.token(), "key that is not known")
+        for members in ({"use": "sig"}, {"key_ops": ["sign", "verify"]}, {"alg": "EdDSA"},
+                        {"x5c": 5, "other": 5}):
+            self.tokens(keys=[self.jwk("Ed25519", **members)]).verify(self.token(), False)
+        tokens = self.tokens(keys=[self.jwk("RSA", alg="PS256")])
+        tokens.verify(self.token("PS256"), False)
+        self.refuses(tokens, self.token("RS256"), "key that is not known")
+
+    def test_several_keys_of_one_name_are_all_tried(self):
+        keys = [self.jwk("RSA", kid="a", n=SIGNED_EXAMPLES[0][2]["n"]), self.jwk("RSA", kid="a"),
+                self.jwk("Ed25519", kid="a")]
+        tokens = self.tokens(keys=keys)
+        for alg in ("RS256", "EdDSA"):
+            self.assertEqual(tokens.verify(self.token(alg, {"kid": "a"}), False).subject, "robot")
+        self.refuses(tokens, self.token("ES256", {"kid": "a"}), "key that is not known")
+
+    def test_what_was_verified_is_remembered_until_it_expires_and_refusals_are_not(self):
+        tokens, token = self.tokens(), self.token()
+        with mock.patch.object(receiver.PublicKey, "verify", return_value=True) as verify:
+            for _ in range(3):
+                tokens.verify(token, False)
+            self.assertEqual(verify.call_count, 1)
+            self.clock.time += 359
+            tokens.verify(token, False)
+            self.assertEqual(verify.call_count, 1)
+            self.clock.time += 1
+            self.refuses(tokens, token, "expired")
+            self.assertEqual(verify.call_count, 2)
+        self.clock.time -= 360
+        for _ in range(2):
+            self.refuses(tokens, token[:-4], "signature")
+
+    def test_however_many_tokens_come_only_so_many_are_remembered(self):
+        with mock.patch.object(receiver, "TOKENS_KEPT", 10):
+            kept = receiver._Kept(self.clock)
+            for number in range(1000):
+                kept.put(b"%d" % number, self.NOW + 1, number)
+            self.assertEqual([kept.get(b"%d" % number) for number in (0, 989, 990, 999)],
+                             [None, None, 990, 999])
+            self.assertEqual(len(kept._found), 10)
+            self.clock.time += 1
+            self.assertIsNone(kept.get(b"999"))
+
+    def test_eight_threads_at_once_get_what_their_own_tokens_say(self):
+        tokens, results = self.tokens(), []
+        signed = [(str(number), self.token(sub=str(number))) for number in range(20)]
+
+        def work():
+            for subject, token in signed:
+                results.append(tokens.verify(token, False).subject == subject)
+                with contextlib.suppress(receiver.Refusal):
+                    results.append(tokens.verify(token[:-4] + "AAAA", False))
+
+        in_threads(8, work)
+        self.assertEqual((len(results), set(results)), (160, {True}))
+
+
+class OauthFetchTest(OauthTest):
+    """Keys that are fetched."""
+
+    def start_with(self, *keys, **settings):
+        """(Tokens whose keys are fetched, their Issuer)."""
+        issuer = Issuer(self, {"keys": [self.jwk(kind) for kind in keys]})
+        tokens = self.tokens(jwks_url=issuer.url, **settings)
+        tokens.start()
+        return tokens, issuer
+
+    def fetched(self, tokens, token):
+        """Wait until a token is taken without waiting."""
+        def taken():
+            with contextlib.suppress(receiver.Refusal, receiver.MustWait):
+                return tokens.verify(token, False)
+        return until(taken)
+
+    def test_keys_are_fetched_at_start_and_tokens_wait_for_them_where_they_may(self):
+        go_on = threading.Event()
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]})
+        at_once = issuer.answer
+        issuer.answer = lambda handler: go_on.wait(WAIT) and at_once(handler)
+        tokens = self.tokens(jwks_url=issuer.url)
+        tokens.start()
+        self.assertRaises(receiver.MustWait, tokens.verify, self.token(), False)
+        waiting = threading.Thread(target=tokens.verify, args=(self.token(), True))
+        waiting.start()
+        go_on.set()
+        self.assertEqual(tokens.verify(self.token(), True).subject, "robot")
+        waiting.join(WAIT)
+        self.assertEqual(tokens.verify(self.token(), False).subject, "robot")
+        (method, path, headers, body), = issuer.requests
+        self.assertEqual((method, path, headers["Accept"], body), ("GET", "/keys", "application/json", b""))
+        self.assertEqual((self.told, tokens.trouble, tokens.breaker), ([], "", "closed"))
+
+    def test_before_it_starts_nothing_is_fetched_and_tokens_get_503(self):
+        issuer = Issuer(self, {"keys": []})
+        self.assertIn("not been fetched", self.has_no_keys(self.tokens(jwks_url=issuer.url), self.token()))
+        self.assertEqual(issuer.requests, [])
+
+    def test_while_it_was_never_there_tokens_get_503_and_the_first_answer_ends_that(self):
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]})
+        at_once = issuer.answer
+        issuer.answer = lambda handler: issuer.send(handler, 500, b"{}")
+        with mock.patch.object(receiver, "JWKS_RETRY_SECONDS", 0.01):
+            tokens = self.tokens(jwks_url=issuer.url)
+            tokens.start()
+            until(lambda: tokens.breaker == "open")
+            note = self.has_no_keys(tokens, self.token())
+            self.assertIn("answered 500", note)
+            self.has_no_keys(tokens, self.token(header={"kid": "other"}))
+            self.refuses(tokens, self.token()[:-4] + "A.", "three parts",
+                         True)     # what is no token at all is told so
+            self.assertEqual(len(issuer.requests), 5)
+            issuer.answer = at_once
+            self.ticks.time += 1
+            self.fetched(tokens, self.token())
+        levels = [level for level, _ in self.told]
+        self.assertEqual(levels, ["ERROR", "ERROR", "INFO"])
+        self.assertRegex(self.told[0][1], "^jwks_url http.*: answered 500 .*; tokens are answered 503")
+        self.assertIn("breaker open", self.told[1][1])
+        self.assertIn("answers again", self.told[2][1])
+        self.assertEqual((tokens.trouble, tokens.breaker), ("", "closed"))
+
+    def test_what_it_gave_last_serves_while_it_is_down(self):
+        with mock.patch.object(receiver, "JWKS_RETRY_SECONDS", 0.01), mock.patch.object(receiver,
+                                                                                        "JWKS_SECONDS", 0.01):
+            tokens, issuer = self.start_with("Ed25519")
+            self.fetched(tokens, self.token())
+            issuer.answer = lambda handler: issuer.send(handler, 503, b"")
+            until(lambda: tokens.breaker == "open")
+            self.assertIn("serve on", tokens.trouble)
+            self.assertEqual(tokens.verify(self.token(sub="new"), False).subject, "new")
+            self.has_no_keys(tokens, self.token("ES256"))       # its key may have come since
+            self.refuses(tokens, self.token("RS256", {"kid": "Ed25519"}), "key that is not known")
+
+    def test_a_new_key_is_fetched_when_a_token_names_it_at_most_once_a_minute(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        issuer.document = {"keys": [self.jwk("Ed25519"), self.jwk("P-256")]}
+        self.assertRaises(receiver.MustWait, tokens.verify, self.token("ES256"), False)
+        self.assertEqual(len(issuer.requests), 1)
+        self.assertEqual(tokens.verify(self.token("ES256"), True).subject,
+                         "robot")     # the fetch at start counts not
+        self.assertEqual(len(issuer.requests), 2)
+        issuer.document = {"keys": [self.jwk("RSA")]}
+        for may_wait in (False, True):
+            self.refuses(tokens, self.token("RS256"), "key that is not known", may_wait)
+        self.ticks.time += 59.9
+        self.refuses(tokens, self.token("RS256"), "key that is not known", True)
+        self.ticks.time += 0.1
+        self.assertEqual(tokens.verify(self.token("RS256"), True).subject, "robot")
+        self.assertEqual(len(issuer.requests), 3)
+
+    def test_a_hundred_thousand_invented_keys_cause_one_fetch(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        numbers, claims = itertools.count(), base64url(self.claims())
+
+        def work():
+            for _ in range(12500):
+                header = base64url(b'{"alg":"EdDSA","kid":"%d"}' % next(numbers))
+                with contextlib.suppress(receiver.Refusal):
+                    tokens.verify(f"{header}.{claims}.AAAA", True)
+                    self.fail("it was taken")
+
+        in_threads(8, work)
+        self.assertEqual((next(numbers), len(issuer.requests)), (100000, 2))
+        self.assertEqual(tokens.verify(self.token(), False).subject, "robot")
+
+    def test_keys_are_fetched_anew_by_themselves_and_one_withdrawn_is_forgotten_with_what_it_proved(self):
+        with mock.patch.object(receiver, "JWKS_SECONDS", 0.01):
+            tokens, issuer = self.start_with("Ed25519", "P-256")
+            self.assertEqual(tokens.verify(self.token(), True).subject, "robot")
+            issuer.document = {"keys": [self.jwk("P-256")]}
+            until(lambda: "Ed25519" not in tokens._fetcher.keys.ids)
+        self.ticks.time -= 1e6                              # no fetch for the key that is gone
+        tokens._fetcher._asked_at = self.ticks.time
+        self.refuses(tokens, self.token(), "key that is not known", True)
+        self.assertEqual(tokens.verify(self.token("ES256"), True).subject, "robot")
+
+    def test_an_issuer_that_withdraws_all_of_its_keys_is_believed_and_that_is_told(self):
+        with mock.patch.object(receiver, "JWKS_SECONDS", 0.01):
+            tokens, issuer = self.start_with("Ed25519")
+            tokens.verify(self.token(), True)
+            issuer.document = {"keys": []}
+            until(lambda: self.told)
+        self.assertRegex(self.told[0][1], "^jwks_url http.* has no key that can check")
+        tokens._fetcher._asked_at = self.ticks.time
+        self.refuses(tokens, self.token(), "key that is not known", True)
+
+    def test_answers_that_make_no_sense_count_as_none(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        elsewhere = Issuer(self, {"keys": [self.jwk("P-256")]})
+        cases = (
+            ("redirect", lambda handler: issuer.send(handler, 302, b"", Location=elsewhere.url),
+             "answered 302"),
+            ("garbage", lambda handler: issuer.send(handler, 200, b"<html>"), "Invalid JSON"),
+            ("another document", lambda handler: issuer.send(handler, 200, b'{"keys": {}}'), "no JWK set"),
+            ("duplicate members", lambda handler: issuer.send(handler, 200, b'{"keys": [], "keys": []}'),
+             "already has"),
+            ("not found", lambda handler: issuer.send(handler, 404, b"{}"), "answered 404"),
+            ("half of it", lambda handler: issuer.send(handler, 200, b'{"keys": ',
+                                                       **{"Content-Length": "500"}), "Invalid JSON"),
+            ("too much", lambda handler: issuer.send(handler, 200, b'{"keys": ["' + b"x" * 2 ** 20 + b'"]}'),
+             "more than 1048576"),
+            ("no HTTP", lambda handler: handler.wfile.write(b"\x16\x03\x01\r\n\r\n"), "."),
+            ("a line without end", lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + b"y" * 70000),
+             "header line"))
+        for name, answer, reason in cases:
+            with self.subTest(name):
+                issuer.answer = answer
+                tokens._fetcher._remote.breaker.succeeded()
+                before = len(issuer.requests)
+                self.ticks.time += 60
+                self.has_no_keys(tokens, self.token("ES256"))
+                self.assertEqual(len(issuer.requests), before + 1)
+                self.assertRegex(tokens.trouble, reason)
+                self.assertEqual(tokens.verify(self.token(), False).subject, "robot")
+        self.assertEqual(elsewhere.requests, [])
+
+    def test_an_issuer_that_hangs_or_never_ends_is_left_after_its_time(self):
+        gone = threading.Event()
+
+        def trickle(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            while not gone.wait(0.01):
+                handler.wfile.write(b"X: y\r\n"[:1])
+
+        def flood(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1073741824\r\n\r\n")
+            while not gone.is_set():
+                handler.wfile.write(b" " * 65536)
+
+        def slow_body(handler):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            while not gone.wait(0.01):
+                handler.wfile.write(b" ")
+
+        for name, answer, reason in (("silent", lambda handler: gone.wait(WAIT), "time|no whole answer"),
+                                     ("trickle", trickle, "no whole"),
+                                     ("flood", flood, "more than 1048576"),
+                                     ("slow body", slow_body, "no whole|Invalid JSON")):
+            with self.subTest(name), mock.patch.object(receiver, "FETCH_SECONDS", 0.3):
+                issuer = Issuer(self)
+                issuer.answer = functools.partial(quietly, answer)
+                self.addCleanup(gone.set)
+                tokens = self.tokens(jwks_url=issuer.url)
+                tokens.start()
+                until(lambda: tokens.trouble)
+                self.assertRegex(tokens.trouble, reason)
+                self.assertTrue(tokens._fetcher.stop(WAIT))
+
+    def test_nobody_there_is_one_error_until_it_changes(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with mock.patch.object(receiver, "JWKS_RETRY_SECONDS", 0.01):
+            tokens = self.tokens(jwks_url=f"http://127.0.0.1:{port}/")
+            tokens.start()
+            until(lambda: tokens.breaker == "open")
+        self.assertEqual([level for level, _ in self.told], ["ERROR", "ERROR"])
+        self.assertIn("refused", self.told[0][1])
+
+    def test_https_is_spoken_with_those_whose_certificate_is_known(self):
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]}, self.folder)
+        with mock.patch.dict(os.environ, {"SSL_CERT_FILE": str(self.folder / "localhost.pem")}):
+            trusting = self.tokens(jwks_url=issuer.url)
+        stranger = self.tokens(jwks_url=issuer.url)
+        trusting.start()
+        self.assertEqual(trusting.verify(self.token(), True).subject, "robot")
+        stranger.start()
+        self.assertIn("certificate", self.has_no_keys(stranger, self.token()))
+        self.assertEqual(len(issuer.requests), 1)
+
+    def test_proxies_of_the_environment_are_not_used(self):
+        proxy = Issuer(self, {"keys": []})
+        with mock.patch.dict(os.environ, {"http_proxy": proxy.url, "HTTP_PROXY": proxy.url,
+                                          "ALL_PROXY": proxy.url}):
+            tokens, _ = self.start_with("Ed25519")
+            self.assertEqual(tokens.verify(self.token(), True).subject, "robot")
+        self.assertEqual(proxy.requests, [])
+
+    def test_a_reload_begins_with_the_keys_of_before_if_they_are_of_the_same_address(self):
+        tokens, issuer = self.start_with("Ed25519")
+        tokens.verify(self.token(), True)
+        after = self.tokens(jwks_url=issuer.url, issuer="https://other.example")
+        after.adopt(tokens)
+        self.assertEqual(after.verify(self.token(iss="https://other.example"), False).subject, "robot")
+        self.refuses(after, self.token(), "another issuer")         # although it was remembered before
+        for other in (self.tokens(jwks_url=issuer.url + "2"), self.tokens()):
+            other.adopt(tokens)
+            after.adopt(other)
+        self.has_no_keys(self.tokens(jwks_url=issuer.url + "2"), self.token())
+
+
+def quietly(function, *arguments):
+    """Call it; that the other side has gone is its own affair."""
+    with contextlib.suppress(OSError):
+        function(*arguments)
+
+
+class OauthIntrospectionTest(OauthTest):
+    """Tokens of which their issuer is asked."""
+
+    def start_with(self, us=("us", "s3cret"), **answer):
+        """(Tokens of which an issuer is asked, that Issuer)."""
+        issuer = Issuer(self, {"active": True, **answer})
+        (self.folder / "secret").write_text(us[1] + "\n", "utf-8")
+        return self.tokens(introspection_url=issuer.url, client_id=us[0], client_secret_file="secret"), issuer
+
+    def test_the_issuer_is_asked_as_the_standard_says(self):
+        tokens, issuer = self.start_with(("us & them", "p+ä:w"), client_id="c", sub="robot", scope="a b")
+        self.assertEqual(tokens.verify("an/opaque+token&x=y", True),
+                         ("c", "robot", {"a", "b"}, self.NOW + 60))
+        (method, path, headers, body), = issuer.requests
+        self.assertEqual((method, path, headers["Content-Type"]),
+                         ("POST", "/keys", "application/x-www-form-urlencoded"))
+        self.assertEqual(body, b"token=an%2Fopaque%2Btoken%26x%3Dy&token_type_hint=access_token")
+        self.assertEqual(base64.b64decode(headers["Authorization"].partition("Basic ")[2]),
+                         b"us+%26+them:p%2B%C3%A4%3Aw")
+
+    def test_an_answer_is_believed_for_a_minute_or_until_the_token_expires(self):
+        for exp, seconds in ((None, 60), (self.NOW + 3600, 60), (self.NOW - 40, 20)):
+            with self.subTest(exp):
+                tokens, issuer = self.start_with(**({} if exp is None else {"exp": exp}))
+                self.assertEqual(tokens.verify("opaque", True).expires, self.NOW + seconds)
+                self.ticks.time += seconds - 0.1
+                self.assertEqual(tokens.verify("opaque", False).expires, self.NOW + seconds)
+                tokens.verify("another", True)
+                self.assertEqual(len(issuer.requests), 2)
+                self.ticks.time += 0.2
+                self.assertRaises(receiver.MustWait, tokens.verify, "opaque", False)
+                tokens.verify("opaque", True)
+                self.assertEqual(len(issuer.requests), 3)
+
+    def test_a_token_that_is_not_active_is_asked_for_again_after_5_seconds(self):
+        tokens, issuer = self.start_with()
+        issuer.document = {"active": False, "sub": "robot"}
+        self.assertRaises(receiver.MustWait, tokens.verify, "opaque", False)
+        for may_wait in (True, True, False):
+            self.refuses(tokens, "opaque", "not active", may_wait)
+        self.assertEqual(len(issuer.requests), 1)
+        self.ticks.time += 5
+        issuer.document = {"active": True}
+        tokens.verify("opaque", True)
+        self.assertEqual(len(issuer.requests), 2)
+
+    def test_what_it_answers_is_checked_as_far_as_it_says(self):
+        tokens, issuer = self.start_with()
+        now = self.NOW
+        for answer, note in (({"iss": "https://evil.example"}, "another issuer"),
+                             ({"aud": "x"}, "another audience"),
+                             ({"aud": ["x", "y"]}, "another audience"), ({"exp": now - 60}, "expired"),
+                             ({"exp": "1"}, "exp"),
+                             ({"exp": True}, "exp"), ({"nbf": now + 61}, "nbf"), ({"iat": now + 61}, "iat"),
+                             ({"active": False}, "not active")):
+            with self.subTest(answer):
+                issuer.document = {"active": True, **answer}
+                self.refuses(tokens, json.dumps(answer), note, True)
+        for answer in ({}, {"iss": "https://idp.example", "aud": ["appointments"], "exp": now + 1, "iat": now,
+                            "nbf": now}):
+            issuer.document = {"active": True, **answer}
+            tokens.verify(json.dumps(answer) + "good", True)
+        self.assertEqual(tokens.trouble, "")
+
+    def test_while_it_does_not_answer_it_is_503_and_after_five_times_it_is_spared(self):
+        tokens, issuer = self.start_with()
+        tokens.verify("known", True)
+        tokens.verify("soon gone", True)
+        elsewhere = Issuer(self, {"active": True})
+        at_once = issuer.answer
+        answers = [lambda handler: issuer.send(handler, 401, b'{"error": "invalid_client"}'),
+                   lambda handler: issuer.send(handler, 307, b"", Location=elsewhere.url),
+                   lambda handler: issuer.send(handler, 200, b'{"active": "true"}'),
+                   lambda handler: issuer.send(handler, 200, b'[{"active": true}]'),
+                   lambda handler: issuer.send(handler, 200, b"{}")]
+        for number, issuer.answer in enumerate(answers):
+            self.assertRegex(self.has_no_keys(tokens, f"opaque-{number}"),
+                             "answered (401|307|no introspection)")
+        self.assertEqual((tokens.breaker, len(issuer.requests), elsewhere.requests), ("open", 7, []))
+        self.has_no_keys(tokens, "opaque-0")
+        self.assertEqual((len(issuer.requests), tokens.verify("known", False).client_id), (7, ""))
+        self.assertNotIn("opaque", str(self.told))
+        self.assertNotIn("s3cret", str(self.told))
+        issuer.answer = at_once
+        self.ticks.time += 1
+        tokens.verify("opaque-0", True)
+        self.assertEqual((tokens.breaker, tokens.trouble, self.told[-1][0]), ("closed", "", "INFO"))
+
+    def test_our_own_keys_never_leave_the_house(self):
+        tokens, issuer = self.start_with()
+        self.refuses(tokens, "whk_" + "x" * 43, "one of our keys", True)
+        self.assertEqual(issuer.requests, [])
+
+    def test_invented_tokens_do_not_push_out_the_good_ones(self):
+        with mock.patch.object(receiver, "TOKENS_KEPT", 5):
+            tokens, issuer = self.start_with()
+            tokens.verify("good", True)
+            issuer.document = {"active": False}
+            for number in range(20):
+                self.refuses(tokens, f"invented-{number}", "not active", True)
+            tokens.verify("good", False)
+
+
+@unittest.skipUnless(OFFICIAL_CLIENTS, "OFFICIAL_CLIENTS does not name a Python with PyJWT and jwcrypto")
+class OfficialTokenTest(OauthTest):
+    """What PyJWT and jwcrypto sign and how PyJWT judges, next to what we say of it."""
+
+    PROGRAM = '''
+import json, sys
+import jwt
+from jwcrypto import jwk, jws
+
+asked = json.load(sys.stdin)
+settings = {"RSA": {"kty": "RSA", "size": 2048}, "RSA-4096": {"kty": "RSA", "size": 4096},
+            "P-256": {"kty": "EC", "crv": "P-256"}, "P-384": {"kty": "EC", "crv": "P-384"},
+            "Ed25519": {"kty": "OKP", "crv": "Ed25519"}}
+keys = {kid: jwk.JWK.generate(kid=kid, **members) for kid, members in settings.items()}
+tokens, verdicts = [], []
+for library, kid, header, claims in asked["tokens"]:
+    if library == "PyJWT":
+        key = jwt.PyJWK(keys[kid].export(as_dict=True), header["alg"]).key
+        tokens.append(jwt.encode(claims, key, header["alg"], header))
+    else:
+        token = jws.JWS(json.dumps(claims))
+        token.add_signature(keys[kid], None, json.dumps(header))
+        tokens.append(token.serialize(compact=True))
+for (library, kid, header, claims), token in zip(asked["tokens"], tokens):
+    try:
+        key = jwt.PyJWK(keys[kid].export_public(as_dict=True), header["alg"]).key
+        jwt.decode(token, key, asked["algorithms"], leeway=60, audience="appointments",
+                   issuer="https://idp.example", options={"require": ["exp", "iss", "aud"]})
+        verdicts.append(True)
+    except jwt.InvalidTokenError:
+        verdicts.append(False)
+json.dump([[key.export_public(as_dict=True) for key in keys.values()], tokens, verdicts], sys.stdout)
+'''
+
+    def ask(self, asked):
+        """(public keys, tokens, whether PyJWT takes them) of [(library, kid, header, claims)]."""
+        question = json.dumps({"tokens": asked, "algorithms": list(receiver.JWS_ALGORITHMS)})
+        done = subprocess.run([OFFICIAL_CLIENTS, "-c", self.PROGRAM], input=question.encode(),
+                              capture_output=True, timeout=WAIT)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return json.loads(done.stdout)
+
+    def takes(self, tokens, token):
+        try:
+            return bool(tokens.verify(token, False))
+        except receiver.Refusal:
+            return False
+
+    def test_what_they_sign_is_taken_with_each_algorithm(self):
+        self.clock.time = int(time.time())
+        kinds = {"RSA": ("RSA", "RSA-4096")}
+        asked = [(library, kid, {"alg": alg, "kid": kid}, self.claims(exp=self.clock.time + 300))
+                 for library in ("PyJWT", "jwcrypto") for alg, (kind, _) in receiver.JWS_ALGORITHMS.items()
+                 for kid in kinds.get(kind, (kind,))]
+        keys, signed, verdicts = self.ask(asked)
+        tokens = self.tokens(keys=keys)
+        for question, token, verdict in zip(asked, signed, verdicts):
+            with self.subTest(question):
+                self.assertEqual((self.takes(tokens, token), verdict), (True, True))
+                message, _, signature = token.rpartition(".")
+                self.assertFalse(self.takes(tokens, f"{message}.{signature[4:]}{signature[:4]}"))
+
+    def test_they_judge_claims_as_we_do(self):
+        now = self.clock.time = int(time.time())
+        changes = [{}, {"exp": now - 30}, {"exp": now - 90}, {"exp": ...}, {"nbf": now + 30},
+                   {"nbf": now + 90}, {"iat": now + 30},
+                   {"iat": now + 90}, {"iss": "x"}, {"iss": ...}, {"aud": "x"},
+                   {"aud": ["x", "appointments"]}, {"aud": ["x"]},
+                   {"aud": ...}, {"aud": []}, {"exp": "soon"}, {"nbf": "soon"}, {"iat": "soon"},
+                   {"scope": "a b"}]
+        asked = [("jwcrypto", "P-256", {"alg": "ES256", "kid": "P-256"},
+                  self.claims(**{"exp": now + 300, **change})) for change in changes]
+        keys, signed, verdicts = self.ask(asked)
+        tokens = self.tokens(keys=keys)
+        for change, token, verdict in zip(changes, signed, verdicts):
+            with self.subTest(change):
+                self.assertEqual(self.takes(tokens, token), verdict)
+        self.assertEqual(sum(verdicts), 6)
+
+
 # =============================================================================
 # Access
 # =============================================================================
@@ -9961,8 +11317,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP",
-         "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "System", "Files", "SQLite", "Store", "Log",
+         "HTTP", "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
 
 
 def can_connect(port):

@@ -17,6 +17,7 @@ section uses only those above it:
     Schema         JSON Schema draft 2020-12, compiled once
     Events         a value to an AppointmentEvent, or to what is wrong with it
     Work           threads that loop, a clock for small jobs, the breaker
+    System         the system's libraries: libcrypto
     Files          the files of an SQLite database, and who else changes them
     SQLite         events in one file
     Store          one commit for all who wait, over any engine; who commits answers
@@ -57,6 +58,7 @@ try:
     import hashlib
     import hmac
     import http.client
+    import importlib
     import inspect
     import io
     import ipaddress
@@ -89,7 +91,7 @@ try:
     from json.encoder import encode_basestring_ascii
     from pathlib import Path, PurePath
     from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Union
-    from urllib.parse import unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
+    from urllib.parse import quote_plus, unquote, unquote_to_bytes, urlencode, urljoin, urlsplit
 except ImportError as error:            # Debian's python3-minimal, or a Python that was built without SQLite
     if __name__ != "__main__":
         raise
@@ -101,6 +103,11 @@ try:
     import resource
 except ImportError:                     # Windows
     fcntl = resource = None
+try:
+    import ctypes
+    import ctypes.util
+except ImportError:                     # a Python that was built without libffi
+    ctypes = None
 try:
     import ssl
 except ImportError:                     # a Python that was built without OpenSSL
@@ -2876,6 +2883,278 @@ class Checkup:
         with self._ended:
             self._said, self._error, self._under_way = said, error, False
             self._ended.notify_all()
+
+
+# =============================================================================
+# System: the system's libraries by ctypes: libcrypto's AES-GCM and signatures. Knows nothing of us.
+# =============================================================================
+
+# name: what a function gives, and takes: P a pointer, B bytes, I an int, L a long, Z a size, - nothing
+_LIBCRYPTO = {
+    "OpenSSL_version_num": "L", "ERR_clear_error": "-",
+    "EVP_aes_256_gcm": "P", "EVP_CIPHER_CTX_new": "P", "EVP_CIPHER_CTX_free": "-P",
+    "EVP_CIPHER_CTX_ctrl": "IPIIP", "EVP_CipherInit_ex": "IPPPBBI", "EVP_CipherUpdate": "IPPPBI",
+    "EVP_CipherFinal_ex": "IPPP",
+    "d2i_PUBKEY": "PPPL", "EVP_PKEY_free": "-P", "EVP_get_digestbyname": "PB",
+    "EVP_MD_CTX_new": "P", "EVP_MD_CTX_free": "-P", "EVP_DigestVerifyInit": "IPPPPP",
+    "EVP_PKEY_CTX_ctrl_str": "IPBB", "EVP_DigestVerify": "IPBZBZ",
+}
+# These take up to a millisecond and let other threads run meanwhile. For the others, which take less than one
+# microsecond, giving the interpreter's lock away would cost more than the work
+_SLOW = ("EVP_DigestVerify",)
+_GET_TAG, _SET_TAG = 0x10, 0x11         # EVP_CTRL_AEAD_GET_TAG and …_SET_TAG of openssl/evp.h
+NONCE_BYTES, TAG_BYTES = 12, 16         # NIST SP 800-38D: the sizes that need no thought
+KEPT_BUFFER = 65536                     # bytes; a larger one is given back after its call
+RSA_BITS = (2048, 8192)                 # RFC 7518 section 3.3; more would only keep a processor busy
+
+# Names of JWS (RFC 7518 section 3.1, RFC 8037): the kind of key that each is for, and its digest
+JWS_ALGORITHMS = {
+    "RS256": ("RSA", b"SHA256"), "RS384": ("RSA", b"SHA384"), "RS512": ("RSA", b"SHA512"),
+    "PS256": ("RSA", b"SHA256"), "PS384": ("RSA", b"SHA384"), "PS512": ("RSA", b"SHA512"),
+    "ES256": ("P-256", b"SHA256"), "ES384": ("P-384", b"SHA384"), "EdDSA": ("Ed25519", None),
+}
+_CURVES = {"P-256": ("EC", 32), "P-384": ("EC", 48), "Ed25519": ("OKP", 32)}   # kty, bytes of a coordinate
+# DER of the AlgorithmIdentifier of a public key (RFC 3279 section 2.3, RFC 5480, RFC 8410)
+_KEY_KINDS = {kind: bytes.fromhex(text) for kind, text in {
+    "RSA": "300d06092a864886f70d0101010500", "P-256": "301306072a8648ce3d020106082a8648ce3d030107",
+    "P-384": "301006072a8648ce3d020106052b81040022", "Ed25519": "300506032b6570"}.items()}
+
+
+def _libcrypto_names() -> Iterator[str]:
+    """Where libcrypto may be: first the one that Python's own modules have loaded, found through them."""
+    for module in ("_ssl", "_hashlib"):
+        with contextlib.suppress(ImportError):
+            yield getattr(importlib.import_module(module), "__file__", "")
+    if sys.platform == "darwin":        # the one in /usr/lib ends every process that loads it
+        for folder in ("/opt/homebrew", "/usr/local"):
+            yield f"{folder}/opt/openssl@3/lib/libcrypto.3.dylib"
+        return
+    yield from ("libcrypto.so.3", "libcrypto.so.1.1", "libcrypto-3.dll", "libcrypto-3-x64.dll",
+                "libcrypto-1_1.dll", "libcrypto-1_1-x64.dll")
+    yield ctypes.util.find_library("crypto") or ""
+
+
+class LibCrypto:
+    """OpenSSL's libcrypto, 1.1.1 or 3, as the system has it: the functions of _LIBCRYPTO are its attributes.
+
+    A call that fails leaves the reason in a queue of its thread, where the next call of the module ssl would
+    take it for its own: whoever sees a failure calls ERR_clear_error().
+    """
+
+    def __init__(self, names: Callable[[], Iterable[str]] = _libcrypto_names) -> None:
+        """Raises SetupError where there is none."""
+        if ctypes is None:
+            raise SetupError("libcrypto cannot be used, as this Python lacks ctypes of its standard library")
+        for name in filter(None, names()):
+            with contextlib.suppress(OSError, AttributeError):
+                self._load(name)
+                return
+        raise SetupError("OpenSSL's libcrypto 1.1.1 or 3 was not found: install it (Debian, Ubuntu: apt "
+                         "install openssl; RHEL: dnf install openssl-libs; macOS: brew install openssl@3)")
+
+    def _load(self, path: str) -> None:
+        """Raises OSError or AttributeError where it is not to be had or lacks something."""
+        library = ctypes.PyDLL(path)
+        slow = ctypes.CDLL(path, handle=library._handle)
+        kinds = {"-": None, "P": ctypes.c_void_p, "B": ctypes.c_char_p, "I": ctypes.c_int, "L": ctypes.c_long,
+                 "Z": ctypes.c_size_t}
+        for name, signature in _LIBCRYPTO.items():
+            function = getattr(slow if name in _SLOW else library, name)
+            function.restype, *function.argtypes = [kinds[letter] for letter in signature]
+            setattr(self, name, function)
+        number = self.OpenSSL_version_num()
+        if number >> 28 != 3 and number >> 12 != 0x10101:       # LibreSSL says 2.0
+            raise AttributeError("version")
+
+
+class _Cipher:
+    """AES-256-GCM with a key in one direction: a context and a buffer, for one call at a time."""
+
+    def __init__(self, crypto: LibCrypto, key: bytes, encrypt: int) -> None:
+        self._crypto, self._size = crypto, -1
+        self.context, self.length = crypto.EVP_CIPHER_CTX_new(), ctypes.c_int()
+        self.length_at = ctypes.addressof(self.length)
+        if not self.context or not crypto.EVP_CipherInit_ex(
+                self.context, crypto.EVP_aes_256_gcm(), None, key, None, encrypt):
+            crypto.ERR_clear_error()
+            raise ValueError("this libcrypto has no AES-256-GCM")
+
+    def __del__(self) -> None:
+        self._crypto.EVP_CIPHER_CTX_free(self.context)
+
+    def buffer(self, size: int) -> Any:
+        """One of at least `size` bytes: a power of two, as ctypes keeps a type for each size for ever."""
+        if size > self._size:
+            self._size = 1 << max(10, size.bit_length())
+            self._buffer = ctypes.create_string_buffer(self._size)
+        return self._buffer
+
+    def begin(self, nonce: bytes, data: bytes) -> int:
+        """Start anew, with data that is authenticated only; 0 when that fails."""
+        crypto, context = self._crypto, self.context
+        return (crypto.EVP_CipherInit_ex(context, None, None, None, nonce, -1)
+                and (not data or crypto.EVP_CipherUpdate(context, None, self.length_at, data, len(data))))
+
+
+class AESGCM:
+    """AES-256-GCM (NIST SP 800-38D) with one key, for any thread. A nonce must never come twice with a key.
+
+    500 bytes take 3 us.
+    """
+
+    def __init__(self, crypto: LibCrypto, key: bytes) -> None:
+        """Raises ValueError for a key that is not 32 bytes long."""
+        if len(key) != 32:
+            raise ValueError("a key of AES-256 has 32 bytes")
+        self._crypto, self._key = crypto, key
+        self._idle: tuple = ([_Cipher(crypto, key, 0)], [_Cipher(crypto, key, 1)])      # to open, and to seal
+
+    def seal(self, nonce: bytes, plaintext: bytes, data: bytes) -> bytes:
+        """The ciphertext with its tag of 16 bytes. `data` is not in it, but opening it takes the same."""
+        cipher, crypto, size = self._taken(1, nonce), self._crypto, len(plaintext)
+        buffer = cipher.buffer(size + TAG_BYTES)
+        if not (cipher.begin(nonce, data)
+                and crypto.EVP_CipherUpdate(cipher.context, buffer, cipher.length_at, plaintext, size)
+                and crypto.EVP_CipherFinal_ex(cipher.context, buffer, cipher.length_at)
+                and crypto.EVP_CIPHER_CTX_ctrl(cipher.context, _GET_TAG, TAG_BYTES,
+                                               ctypes.byref(buffer, size))):
+            self._fail("libcrypto cannot encrypt this")
+        return self._give_back(1, cipher, buffer[:size + TAG_BYTES])
+
+    def open(self, nonce: bytes, ciphertext: bytes, data: bytes) -> bytes:
+        """The plaintext. Raises ValueError unless all three are as they were sealed with this key."""
+        cipher, crypto, size = self._taken(0, nonce), self._crypto, len(ciphertext) - TAG_BYTES
+        if size < 0:
+            raise ValueError("a ciphertext has a tag of 16 bytes at least")
+        buffer = cipher.buffer(size)
+        if not (cipher.begin(nonce, data)
+                and crypto.EVP_CIPHER_CTX_ctrl(cipher.context, _SET_TAG, TAG_BYTES, ciphertext[size:])
+                and crypto.EVP_CipherUpdate(cipher.context, buffer, cipher.length_at, ciphertext, size)
+                and crypto.EVP_CipherFinal_ex(cipher.context, buffer, cipher.length_at)):
+            self._fail("this was not encrypted with this key, or was changed")
+        return self._give_back(0, cipher, buffer[:size])
+
+    def _taken(self, encrypt: int, nonce: bytes) -> _Cipher:
+        if len(nonce) != NONCE_BYTES:
+            raise ValueError("a nonce has 12 bytes")
+        try:
+            return self._idle[encrypt].pop()            # one step, so that no two threads get the same
+        except IndexError:
+            return _Cipher(self._crypto, self._key, encrypt)
+
+    def _give_back(self, encrypt: int, cipher: _Cipher, result: bytes) -> bytes:
+        if len(result) < KEPT_BUFFER:
+            self._idle[encrypt].append(cipher)
+        return result
+
+    def _fail(self, reason: str) -> None:
+        """Its cipher is not given back: nobody gets one that is in the midst of something."""
+        self._crypto.ERR_clear_error()
+        raise ValueError(reason)
+
+
+# -- signatures by public keys
+
+def base64url_bytes(text: Any) -> bytes:
+    """What base64url without padding means (RFC 7515 section 2). Raises ValueError for anything else, such as
+    a second spelling of the same bytes, by unused bits that are set."""
+    with contextlib.suppress(ValueError, TypeError):
+        data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+        if base64.urlsafe_b64encode(data).rstrip(b"=") == text.encode():
+            return data
+    raise ValueError("must be base64url without padding")
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    """A value in DER (X.690 section 8.1): tag, length, content."""
+    content = b"".join(parts)
+    length = len(content).to_bytes((len(content).bit_length() + 7) // 8 or 1, "big")
+    if len(content) > 127:
+        length = bytes([0x80 | len(length)]) + length
+    return bytes([tag]) + length + content
+
+
+def _der_integers(*numbers: int) -> bytes:
+    """A SEQUENCE of INTEGERs: an RSA key (RFC 8017 A.1.1), an ECDSA signature (RFC 3279 section 2.2.3)."""
+    return _der(0x30, *(_der(2, number.to_bytes(number.bit_length() // 8 + 1, "big")) for number in numbers))
+
+
+def _rsa_key(modulus: int, exponent: int) -> bytes:
+    low, high = RSA_BITS
+    if not low <= modulus.bit_length() <= high:
+        raise ValueError(f"an RSA key must have {low} to {high} bits")
+    if not (modulus % 2 and exponent % 2 and 3 <= exponent < 1 << 32):
+        raise ValueError("an RSA key must have an odd modulus and an odd exponent from 3 on")
+    return _der_integers(modulus, exponent)
+
+
+class PublicKey:
+    """A key that checks signatures, for any thread. `kind` is RSA, P-256, P-384 or Ed25519."""
+
+    def __init__(self, crypto: LibCrypto, kind: str, key: bytes) -> None:
+        """`key` as it stands in a SubjectPublicKeyInfo (RFC 5280 section 4.1). Raises ValueError where
+        libcrypto does not take it, as of a point that is not on the curve."""
+        self.kind, self._crypto = kind, crypto
+        data = _der(0x30, _KEY_KINDS[kind], _der(3, b"\0", key))
+        place = ctypes.c_char_p(data)                   # d2i_PUBKEY moves the pointer, not the bytes
+        self._key = crypto.d2i_PUBKEY(None, ctypes.addressof(place), len(data))
+        if not self._key:
+            crypto.ERR_clear_error()
+            raise ValueError(f"is no key of {kind}")
+
+    def __del__(self) -> None:
+        self._crypto.EVP_PKEY_free(self._key)
+
+    @classmethod
+    def from_jwk(cls, crypto: LibCrypto, jwk: dict) -> PublicKey:
+        """The key in a JSON Web Key (RFC 7518 section 6, RFC 8037). Raises ValueError for one that is wrong,
+        too small or of another kind. Private parts are not looked at."""
+        if jwk.get("kty") == "RSA":
+            numbers = (int.from_bytes(base64url_bytes(jwk.get(name)), "big") for name in ("n", "e"))
+            return cls(crypto, "RSA", _rsa_key(*numbers))
+        kind = str(jwk.get("crv"))
+        kty, size = _CURVES.get(kind, ("", 0))
+        if not kty or jwk.get("kty") != kty:
+            raise ValueError("must be a key of RSA, EC with P-256 or P-384, or Ed25519")
+        point = [base64url_bytes(jwk.get(name)) for name in ("x", "y")[:1 + (kty == "EC")]]
+        if any(len(coordinate) != size for coordinate in point):
+            raise ValueError(f"the coordinates of {kind} have {size} bytes")
+        uncompressed = b"\4" * (kty == "EC")            # SEC 1 section 2.3.3
+        return cls(crypto, kind, uncompressed + b"".join(point))
+
+    def verify(self, alg: str, message: bytes, signature: bytes) -> bool:
+        """Whether `signature` is this key's of `message` by an algorithm of JWS_ALGORITHMS; never by one that
+        is for another kind of key."""
+        kind, digest = JWS_ALGORITHMS.get(alg, ("", None))
+        if kind != self.kind:
+            return False
+        if alg.startswith("ES"):
+            signature = self._der_signature(signature)
+        crypto, context = self._crypto, self._crypto.EVP_MD_CTX_new()
+        try:
+            if context and self._begin(context, alg, digest) and crypto.EVP_DigestVerify(
+                    context, signature, len(signature), message, len(message)) == 1:
+                return True
+            crypto.ERR_clear_error()
+            return False
+        finally:
+            crypto.EVP_MD_CTX_free(context)
+
+    def _begin(self, context: int, alg: str, digest: Optional[bytes]) -> bool:
+        crypto, settings = self._crypto, ctypes.c_void_p()
+        algorithm = crypto.EVP_get_digestbyname(digest) if digest else None
+        if crypto.EVP_DigestVerifyInit(context, ctypes.addressof(settings), algorithm, None, self._key) != 1:
+            return False
+        pss = ((b"rsa_padding_mode", b"pss"), (b"rsa_pss_saltlen", b"digest"), (b"rsa_mgf1_md", digest))
+        return not alg.startswith("PS") or all(
+            crypto.EVP_PKEY_CTX_ctrl_str(settings, name, value) == 1 for name, value in pss)
+
+    def _der_signature(self, signature: bytes) -> bytes:
+        """r and s of a JWS (RFC 7518 section 3.4) as libcrypto takes them; nothing, which is no signature,
+        where the length is not theirs or one is 0."""
+        size = _CURVES[self.kind][1]
+        r, s = (int.from_bytes(half, "big") for half in (signature[:size], signature[size:]))
+        return _der_integers(r, s) if r and s and len(signature) == 2 * size else b""
 
 
 # =============================================================================
@@ -5744,7 +6023,7 @@ def utc_seconds(seconds: int) -> str:
 
 
 # =============================================================================
-# Credentials: does a signature or a token prove what it says? Knows no clients, no roles and no sockets.
+# Credentials: does a signature or a token prove what it says? Knows no clients and no roles.
 # =============================================================================
 
 # -- signatures over the body
@@ -5953,13 +6232,540 @@ class SignatureScheme:
         return fits
 
 
+# -- tokens
+
+KEY_PREFIX = "whk_"             # of the keys that keygen makes; nothing that begins so is a token
+LONGEST_TOKEN = 16384           # characters; identity providers stay below 4,000
+TOKENS_KEPT = 10000             # what was found about how many of them is remembered, some 500 bytes each
+JWKS_SECONDS = 3600.0           # from one fetch of the keys to the next
+JWKS_RETRY_SECONDS = 1.0        # after one that failed; the breaker makes it 30 s in the end
+NEW_KEY_SECONDS = 60.0          # a fetch for a key that is not known comes this often at most, whoever asks
+FETCH_SECONDS, FETCH_BYTES = 5.0, 1024 * 1024           # for a whole answer
+ACTIVE_SECONDS, INACTIVE_SECONDS = 60.0, 5.0            # how long an introspection is believed
+UNTIL_IT_WORKS = "tokens are answered 503 until it works"
+NO_KEYS = "has no key that can check signatures: RSA of 2048 bits or more, P-256, P-384, Ed25519"
+
+_NOT_EMPTY = {"type": "string", "minLength": 1, "maxLength": 2000}
+OAUTH_SCHEMA = {                        # of the member `oauth` of a document that says what a #/$defs/role is
+    "type": "object", "required": ["issuer", "audience"], "additionalProperties": False,
+    "properties": {
+        "issuer": _NOT_EMPTY, "audience": _NOT_EMPTY, "jwks_file": _NOT_EMPTY, "jwks_url": _NOT_EMPTY,
+        "introspection_url": _NOT_EMPTY, "client_id": _NOT_EMPTY, "client_secret_file": _NOT_EMPTY,
+        "leeway": {"type": "number", "minimum": 0, "maximum": 600},
+        "scopes": {"type": "object", "additionalProperties": {"$ref": "#/$defs/role"}},
+    },
+    "dependentRequired": {"introspection_url": ["client_id", "client_secret_file"],
+                          "client_id": ["introspection_url"], "client_secret_file": ["introspection_url"]},
+}
+DEFAULT_SCOPES = {"appointments:write": "sender", "appointments:read": "reader",
+                  "appointments:operate": "operator"}
+
+
+class MustWait(Exception):
+    """Whoever may not wait for the network hands the request over to a thread that may."""
+
+
+class Verified(NamedTuple):
+    """What a good token says: `client_id` and `subject`, "" where it does not, its scopes, and the Unix time
+    from which on it has to be looked at anew."""
+    client_id: str
+    subject: str
+    scopes: frozenset
+    expires: float
+
+
+class _Kept:
+    """What was found about tokens, each until its time by `clock`. With too many the first ones go."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._found, self._lock = clock, {}, threading.Lock()
+
+    def get(self, digest: bytes) -> Any:
+        """What was put, or None."""
+        until, what = self._found.get(digest, (0.0, None))
+        return what if self._clock() < until else None
+
+    def put(self, digest: bytes, until: float, what: Any) -> None:
+        """Keep `what` of the token with this SHA-256 (the token itself is nowhere kept)."""
+        with self._lock:
+            if len(self._found) >= TOKENS_KEPT:
+                del self._found[next(iter(self._found))]
+            self._found[digest] = (until, what)
+
+
+class Remote:
+    """JSON from one address, over HTTPS or this machine's HTTP. For any thread; a breaker spares it while it
+    fails. Proxies of the environment are not used and redirects not followed: a token or a secret goes to the
+    address that the operator gave, or nowhere."""
+
+    def __init__(self, name: str, url: str, tell: Callable[[str, str], Any],
+                 ticks: Callable[[], float]) -> None:
+        """Raises SetupError, which begins with the place `name`, for an address that cannot be used."""
+        self.trouble, self.breaker = "", Breaker(ticks)
+        self._where, self._tell, self._lock = f"{name.rpartition('/')[2]} {url}", tell, threading.Lock()
+        try:
+            self._parts = parts = urlsplit(url)
+            self._port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+            is_good = parts.hostname and "@" not in parts.netloc and "#" not in url and url.isprintable()
+        except (ValueError, KeyError):
+            is_good = False
+        if not is_good:
+            raise SetupError(f"{name}: must be an address such as https://idp.example/keys")
+        if parts.scheme == "http" and not _is_this_machine(parts.hostname):
+            raise SetupError(f"{name}: must be https: on its way it could be read and changed")
+        self._connection = http.client.HTTPConnection
+        if parts.scheme == "https":
+            if ssl is None:
+                raise SetupError(f"{name}: this Python lacks ssl of its standard library")
+            context = ssl.create_default_context()
+            self._connection = functools.partial(http.client.HTTPSConnection, context=context)
+
+    def ask(self, read: Callable[[Any], Any], meanwhile: str, body: Optional[str] = None,
+            fields: Optional[dict] = None) -> Any:
+        """read(value) of the JSON that it gives; `read` raises ValueError for what makes no sense. Raises
+        Refusal 503 when nothing is to be had; `meanwhile` tells the operator what that means."""
+        if not self.breaker.allows():
+            raise _not_now(self.trouble)
+        try:
+            result = read(parse_json(self._fetch(body, fields or {}))[0])
+        except BaseException as error:                  # whatever it is, the breaker has to hear of its try
+            self.breaker.failed()
+            trouble = f"{printable(reason_of(error))}; {meanwhile}"
+            if self.breaker.state == "open":
+                trouble += f"; asked less often after {BREAKER_FAILURES} failures in a row (breaker open)"
+            self._report(trouble)
+            if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+                raise _not_now(trouble) from None
+            raise
+        self.breaker.succeeded()
+        self._report("")
+        return result
+
+    def say(self, level: str, text: str) -> None:
+        """Tell the operator something about this address."""
+        self._tell(level, f"{self._where}: {text}")
+
+    def _report(self, trouble: str) -> None:
+        with self._lock:
+            changes, self.trouble = trouble != self.trouble, trouble
+            if changes and trouble:
+                self.say("ERROR", trouble)
+            elif changes:
+                self.say("INFO", "answers again")
+
+    def _fetch(self, body: Optional[str], fields: dict) -> bytes:
+        """Raises OSError, HTTPException or ValueError."""
+        late = threading.Event()
+        connection = self._connection(self._parts.hostname, self._port, timeout=FETCH_SECONDS)
+        connection.connect()
+        # A socket's own time limit begins anew with each byte that comes
+        timer = threading.Timer(FETCH_SECONDS, _cut, (connection.sock, late))
+        timer.daemon = True
+        try:
+            timer.start()
+            target = self._parts.path or "/"
+            if self._parts.query:
+                target += "?" + self._parts.query
+            fields = {"Accept": "application/json", "Connection": "close", **fields}
+            connection.request("GET" if body is None else "POST", target, body, fields)
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ValueError(f"answered {response.status} instead of 200")
+            data = response.read(FETCH_BYTES + 1)
+        except (OSError, http.client.HTTPException):
+            if not late.is_set():
+                raise
+        finally:
+            timer.cancel()
+            connection.close()
+        if late.is_set():                               # what came may look whole to its reader
+            raise TimeoutError(f"no whole answer in {FETCH_SECONDS:g} s")
+        if len(data) > FETCH_BYTES:
+            raise ValueError(f"answered more than {FETCH_BYTES} bytes")
+        return data
+
+
+def _cut(connection: socket.socket, late: threading.Event) -> None:
+    """End a connection on which another thread waits."""
+    late.set()
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _not_now(trouble: str) -> Refusal:
+    return Refusal(503, "Tokens cannot be checked at the moment", note=trouble, fields=RETRY_AFTER)
+
+
+# -- tokens: keys
+
+class KeySet:
+    """The keys of a JWK Set (RFC 7517 section 5) that can check signatures; others are skipped."""
+
+    def __init__(self, crypto: LibCrypto, document: Any, clock: Callable[[], float]) -> None:
+        """Raises ValueError for what is no such set."""
+        self.document = document
+        self.kept = _Kept(clock)                        # what was found with these keys goes with them
+        self._keys: list = []                           # (kid or None, alg or None, PublicKey)
+        jwks = document.get("keys") if isinstance(document, dict) else None
+        if not isinstance(jwks, list):
+            raise ValueError('is no JWK set: {"keys": [...]}')
+        for jwk in jwks:
+            with contextlib.suppress(ValueError):
+                self._keys.append(self._usable(crypto, jwk))
+        self.ids = {kid for kid, _, _ in self._keys}
+
+    @staticmethod
+    def _usable(crypto: LibCrypto, jwk: Any) -> tuple:
+        """Raises ValueError for one that is not for us, or wrong."""
+        if not isinstance(jwk, dict):
+            raise ValueError("must be an object")
+        operations = jwk.get("key_ops", ["verify"])
+        if jwk.get("use", "sig") != "sig" or not isinstance(operations, list) or "verify" not in operations:
+            raise ValueError("is not for signatures")
+        kid = jwk.get("kid")
+        return kid if isinstance(kid, str) else None, jwk.get("alg"), PublicKey.from_jwk(crypto, jwk)
+
+    def fitting(self, kid: Optional[str], alg: str) -> list:
+        """The keys that a token names. To one that names none there has to be no choice: a single one."""
+        kind = JWS_ALGORITHMS[alg][0]
+        found = [key for its_kid, its_alg, key in self._keys
+                 if kid in (None, its_kid) and its_alg in (None, alg) and key.kind == kind]
+        return found if kid is not None or len(found) == 1 else []
+
+
+class KeyFile:
+    """Keys out of a file, read once."""
+
+    def __init__(self, keys: KeySet) -> None:
+        self.keys = keys
+
+    def of(self, kid: Optional[str], may_wait: bool) -> KeySet:
+        """The key set in which to look for a key."""
+        return self.keys
+
+
+class KeyFetcher:
+    """Keys from an address, fetched by a thread of its own: at start, every hour, and when a token names one
+    that is not known. What it gave last serves while it is down."""
+
+    def __init__(self, remote: Remote, read: Callable[[Any], KeySet], ticks: Callable[[], float],
+                 on_error: Callable[[str], Any]) -> None:
+        self.keys: Optional[KeySet] = None
+        self._remote, self._read, self._ticks = remote, read, ticks
+        self._loop = Loop("jwks", self._fetch, JWKS_SECONDS, on_error)
+        self._asked_at = -math.inf                      # when it was last asked for because of a new key
+        self._wanted = self._done = 0                   # fetches, numbered
+        self._ended = threading.Condition()
+        self.stop = self._loop.stop
+
+    def start(self) -> None:
+        """Begin with the first fetch; nobody waits for it but tokens."""
+        self._wanted = 1
+        self._loop.start()
+        self._loop.wake()
+
+    def of(self, kid: Optional[str], may_wait: bool) -> KeySet:
+        """The key set in which to look for a key, if need be after a fetch. Raises MustWait, Refusal 503."""
+        if not self._has(kid):
+            self._wait(may_wait)
+        if not self._has(kid) and (self.keys is None or self._remote.trouble):
+            raise _not_now(self._remote.trouble or "the keys have not been fetched yet")
+        return self.keys
+
+    def _has(self, kid: Optional[str]) -> bool:
+        return self.keys is not None and (kid is None or kid in self.keys.ids)
+
+    def _wait(self, may_wait: bool) -> None:
+        """Wait for a fetch, if one is under way or may be asked for."""
+        with self._ended:
+            may_ask = self.keys is not None and self._ticks() - self._asked_at >= NEW_KEY_SECONDS
+            if not may_ask and self._done == self._wanted:
+                return
+            if not may_wait:
+                raise MustWait
+            if may_ask:
+                self._asked_at = self._ticks()
+                self._wanted += 1
+                self._loop.wake()
+            wanted = self._wanted
+            self._ended.wait_for(lambda: self._done >= wanted, 2 * FETCH_SECONDS)
+
+    def _fetch(self) -> None:
+        """The step of the loop."""
+        wanted = self._wanted
+        self._loop.seconds = JWKS_RETRY_SECONDS
+        meanwhile = UNTIL_IT_WORKS
+        if self.keys is not None:
+            meanwhile = "the keys that it gave last serve on"
+        try:
+            keys = self._remote.ask(self._read, meanwhile)
+            self._loop.seconds = JWKS_SECONDS
+            if self.keys is None or keys.document != self.keys.document:
+                self.keys = keys
+                if not keys.ids:                        # the issuer may have withdrawn them, so we do, too
+                    self._remote.say("ERROR", NO_KEYS)
+        except Refusal:                                 # the remote has told of it
+            pass
+        finally:
+            with self._ended:
+                self._done = wanted
+                self._ended.notify_all()
+
+
+# -- tokens: what they say
+
+class _Claims:
+    """What the claims of a token have to say (RFC 7519 section 4.1)."""
+
+    def __init__(self, settings: dict, now: Callable[[], float]) -> None:
+        self._issuer, self._audience, self._now = settings["issuer"], settings["audience"], now
+        self._leeway = settings.get("leeway", 60)
+
+    def verified(self, claims: dict, must_have: Sequence[str] = ()) -> Verified:
+        """Who it is. Raises ValueError, which says why that is not proven."""
+        for name in must_have:
+            if name not in claims:
+                raise ValueError(f"has no {name}")
+        audience = claims.get("aud", self._audience)
+        if claims.get("iss", self._issuer) != self._issuer:
+            raise ValueError("is of another issuer")
+        if audience != self._audience and not (isinstance(audience, list) and self._audience in audience):
+            raise ValueError("is for another audience")
+        expires = self._checked_times(claims)
+        client_id, subject = (next((claims[name] for name in names if isinstance(claims.get(name), str)), "")
+                              for names in (("client_id", "azp"), ("sub",)))
+        return Verified(client_id, subject, _scopes_of(claims), expires)
+
+    def _checked_times(self, claims: dict) -> float:
+        """When it expires, the leeway included."""
+        times = {name: claims[name] for name in ("exp", "nbf", "iat") if name in claims}
+        for name, value in times.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"has an {name} that is no number")
+        now, expires = self._now(), times.pop("exp", math.inf) + self._leeway
+        if now >= expires:
+            raise ValueError(f"has expired {math.ceil(now - expires + self._leeway)} s ago")
+        for name, value in times.items():
+            if value - self._leeway > now:
+                raise ValueError(f"has an {name} that is {math.ceil(value - now)} s ahead")
+        return expires
+
+
+def _scopes_of(claims: dict) -> frozenset:
+    """RFC 8693 section 4.2: a text with spaces. Azure AD and Okta call it scp; there it may be a list."""
+    scopes = claims.get("scope", claims.get("scp"))
+    if isinstance(scopes, str):
+        scopes = scopes.split(" ")
+    if not isinstance(scopes, list):
+        scopes = []
+    return frozenset(scope for scope in scopes if isinstance(scope, str) and scope)
+
+
+def _digest_of(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
+
+
+def _part_of(text: str, what: str, read: Callable[[bytes], Any] = bytes) -> Any:
+    try:
+        return read(base64url_bytes(text))
+    except ValueError:                                  # JSONError is one, too
+        raise ValueError(f"has {what} that cannot be read") from None
+
+
+def _object(data: bytes) -> dict:
+    value = parse_json(data)[0]
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    return value
+
+
+class SignedTokens:
+    """JWTs (RFC 7519) with a signature (RFC 7515), checked here as RFC 8725 advises: the algorithm has to be
+    one of ours and of the key's kind, and the key one of the issuer's; what a token says of keys (jku, jwk,
+    x5u, x5c) is not looked at."""
+
+    def __init__(self, source: Union[KeyFile, KeyFetcher], claims: _Claims) -> None:
+        self._source, self._claims = source, claims
+
+    def verified(self, token: str, may_wait: bool) -> Verified:
+        """Raises ValueError, MustWait, Refusal 503."""
+        digest, keys = _digest_of(token), self._source.keys
+        kept = keys and keys.kept.get(digest)
+        if kept:
+            return kept
+        parts = token.split(".")
+        if len(parts) != 3:
+            raise ValueError("is no JWT: it has not three parts")
+        header, signature = _part_of(parts[0], "a header", _object), _part_of(parts[2], "a signature")
+        alg, kid = header.get("alg"), header.get("kid")
+        if not isinstance(alg, str) or alg not in JWS_ALGORITHMS:
+            raise ValueError("is signed by an algorithm that is not taken")
+        if "crit" in header:                            # we understand none (RFC 7515 section 4.1.11)
+            raise ValueError("has extensions that must be understood")
+        if "kid" in header and not isinstance(kid, str):
+            raise ValueError("has a kid that is no text")
+        keys = self._source.of(kid, may_wait)
+        fitting = keys.fitting(kid, alg)
+        if not fitting:
+            raise ValueError("is of a key that is not known")
+        signed = f"{parts[0]}.{parts[1]}".encode()
+        if not any(key.verify(alg, signed, signature) for key in fitting):
+            raise ValueError("has a signature that does not fit")
+        verified = self._claims.verified(_part_of(parts[1], "claims", _object), ("iss", "aud", "exp"))
+        keys.kept.put(digest, verified.expires, verified)
+        return verified
+
+
+class IntrospectedTokens:
+    """Tokens of any form, of which their issuer says whether they are good (RFC 7662)."""
+
+    def __init__(self, remote: Remote, client: tuple, claims: _Claims, now: Callable[[], float],
+                 ticks: Callable[[], float]) -> None:
+        """`client` is the id and secret by which the issuer knows us."""
+        self._remote, self._claims, self._now, self._ticks = remote, claims, now, ticks
+        # RFC 6749 section 2.3.1
+        pair = ":".join(map(quote_plus, client)).encode()
+        self._fields = {"Authorization": "Basic " + base64.b64encode(pair).decode(),
+                        "Content-Type": "application/x-www-form-urlencoded"}
+        # Apart: whoever invents tokens does not make us forget the good ones
+        self._good, self._bad = _Kept(ticks), _Kept(ticks)
+
+    def verified(self, token: str, may_wait: bool) -> Verified:
+        """Raises ValueError, MustWait, Refusal 503."""
+        digest = _digest_of(token)
+        kept, problem = self._good.get(digest), self._bad.get(digest)
+        if kept:
+            return kept
+        if problem:
+            raise ValueError(problem)
+        if not may_wait:
+            raise MustWait
+        body = urlencode({"token": token, "token_type_hint": "access_token"})
+        answer = self._remote.ask(_introspection, UNTIL_IT_WORKS, body, self._fields)
+        try:
+            if not answer["active"]:
+                raise ValueError("is not active")
+            verified = self._claims.verified(answer)
+        except ValueError as error:
+            self._bad.put(digest, self._ticks() + INACTIVE_SECONDS, str(error))
+            raise
+        seconds = min(verified.expires - self._now(), ACTIVE_SECONDS)
+        verified = verified._replace(expires=self._now() + seconds)
+        self._good.put(digest, self._ticks() + seconds, verified)
+        return verified
+
+
+def _introspection(answer: Any) -> dict:
+    if not isinstance(answer, dict) or not isinstance(answer.get("active"), bool):
+        raise ValueError("answered no introspection (RFC 7662)")
+    return answer
+
+
+class Tokens:
+    """Bearer tokens of one issuer, checked as the settings `oauth` of a clients file say. For any thread."""
+
+    def __init__(self, settings: dict, folder: str, crypto: Optional[LibCrypto],
+                 tell: Callable[[str, str], Any], now: Callable[[], float] = time.time,
+                 ticks: Callable[[], float] = time.monotonic,
+                 on_error: Callable[[str], Any] = _no_error) -> None:
+        """`settings` are valid by OAUTH_SCHEMA; names of files in them begin in `folder`. tell(level, text)
+        hears when the issuer cannot be asked, and when it can again. Without `crypto` it finds libcrypto
+        itself, where it needs it. Raises SetupError."""
+        self.settings, self.scopes = settings, settings.get("scopes", DEFAULT_SCOPES)
+        self._folder, self._claims = Path(folder), _Claims(settings, now)
+        self._remote: Optional[Remote] = None
+        self._fetcher: Optional[KeyFetcher] = None
+        ways = [name for name in ("jwks_file", "jwks_url", "introspection_url") if name in settings]
+        if len(ways) != 1:
+            raise SetupError("clients: /oauth: takes one of jwks_file, jwks_url and introspection_url")
+        place = f"clients: /oauth/{ways[0]}"
+        if ways != ["jwks_file"]:
+            self._remote = Remote(place, settings[ways[0]], tell, ticks)
+        if ways == ["introspection_url"]:
+            client = (settings["client_id"], self._secret())
+            self._checker: Any = IntrospectedTokens(self._remote, client, self._claims, now, ticks)
+            return
+        self._read = functools.partial(KeySet, crypto or LibCrypto(), clock=now)
+        if ways == ["jwks_file"]:
+            source: Any = KeyFile(self._keys_in_file(place))
+        else:
+            source = self._fetcher = KeyFetcher(self._remote, self._read, ticks, on_error)
+        self._checker = SignedTokens(source, self._claims)
+
+    def _keys_in_file(self, place: str) -> KeySet:
+        path = self._folder / self.settings["jwks_file"]
+        check_place(place, str(path))
+        try:
+            keys = self._read(parse_json(path.read_bytes())[0])
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{place}: {path}: {reason_of(error)}") from None
+        if not keys.ids:
+            raise SetupError(f"{place}: {path}: {NO_KEYS}")
+        return keys
+
+    def _secret(self) -> str:
+        place, path = "clients: /oauth/client_secret_file", self._folder / self.settings["client_secret_file"]
+        check_place(place, str(path))
+        try:
+            secret = path.read_text("utf-8").rstrip("\r\n")
+        except (OSError, ValueError) as error:
+            raise SetupError(f"{place}: {path}: {reason_of(error)}") from None
+        if not secret:
+            raise SetupError(f"{place}: {path}: is empty")
+        return secret
+
+    def adopt(self, before: Tokens) -> None:
+        """Before start(): begin with the keys that the same address gave those that a reload replaces."""
+        if (self._fetcher is not None and before._fetcher is not None and before._fetcher.keys is not None
+                and self.settings["jwks_url"] == before.settings["jwks_url"]):
+            self._fetcher.keys = self._read(before._fetcher.keys.document)
+
+    def start(self) -> None:
+        """Begin to fetch keys, where they come from an address."""
+        if self._fetcher is not None:
+            self._fetcher.start()
+
+    def stop(self) -> None:
+        """Fetch no more."""
+        if self._fetcher is not None:
+            self._fetcher.stop()
+
+    @property
+    def trouble(self) -> str:
+        """Why the issuer cannot be asked just now, or ""."""
+        return self._remote.trouble if self._remote is not None else ""
+
+    @property
+    def breaker(self) -> str:
+        """closed, open or half-open; "" where nobody is asked."""
+        return self._remote.breaker.state if self._remote is not None else ""
+
+    def verify(self, token: str, may_wait: bool) -> Verified:
+        """Who it proves. Raises Refusal 401 whose note says why it proves nobody (and nothing of the token),
+        Refusal 503 while the issuer cannot be asked, and MustWait where that takes time and it may not."""
+        try:
+            if token.startswith(KEY_PREFIX):            # a secret that the issuer must not see
+                raise ValueError("is one of our keys, and not a known one")
+            if len(token) > LONGEST_TOKEN:
+                raise ValueError(f"is longer than {LONGEST_TOKEN} characters")
+            return self._checker.verified(token, may_wait)
+        except ValueError as error:
+            raise Refusal(401, "This token proves nobody", note=f"the token {error}") from None
+
+
 # =============================================================================
 # Access: who may do what: clients and their keys, roles, networks and rates. Knows no socket and no route.
 # =============================================================================
 
 ROLES = ("sender", "reader", "operator", "admin")
 ANYBODY = ""                    # the role of what needs none
-KEY_PREFIX = "whk_"             # of the keys that keygen makes
 MOST_SECRETS = 100              # of signatures: each that could be meant is tried with each signed request
 ADDRESSES_KEPT = 10000          # of unknown senders, each with some 300 bytes
 REFUSALS, REFUSALS_SECONDS = 20, 60.0   # wrong credentials of an address, after which it hears 429
@@ -5998,8 +6804,9 @@ CLIENT_SCHEMA = {
 CLIENTS_SCHEMA = {
     "type": "object",
     "required": ["clients"],
-    "properties": {"clients": {"type": "array", "items": CLIENT_SCHEMA}},
+    "properties": {"clients": {"type": "array", "items": CLIENT_SCHEMA}, "oauth": OAUTH_SCHEMA},
     "additionalProperties": False,
+    "$defs": {"role": {"enum": list(ROLES)}},           # for OAUTH_SCHEMA
 }
 
 
