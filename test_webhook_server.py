@@ -6919,7 +6919,8 @@ class OauthSettingsTest(OauthTest):
                             ("https://", "such as"), ("https://a:b@idp.example/", "such as"),
                             ("file:///etc/keys", "such as"),
                             ("https://idp.example:port/", "such as"), ("https://idp.example/#a", "such as"),
-                            ("https://idp.example/a\nb", "such as"), ("https://[::1/", "such as")):
+                            ("https://idp.example/a\nb", "such as"), ("https://[::1/", "such as"),
+                            ("https://idp.example/a b", "such as"), ("https://idp.example/\xfc", "such as")):
             with self.subTest(url), self.assertRaisesRegex(SetupError,
                                                            "^clients: /oauth/jwks_url: .*" + reason):
                 self.tokens(jwks_url=url)

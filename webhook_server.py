@@ -6244,6 +6244,7 @@ FETCH_SECONDS, FETCH_BYTES = 5.0, 1024 * 1024           # for a whole answer
 ACTIVE_SECONDS, INACTIVE_SECONDS = 60.0, 5.0            # how long an introspection is believed
 UNTIL_IT_WORKS = "tokens are answered 503 until it works"
 NO_KEYS = "has no key that can check signatures: RSA of 2048 bits or more, P-256, P-384, Ed25519"
+_ADDRESS = re.compile('[!$-~]+')         # printable ASCII without " and #
 
 _NOT_EMPTY = {"type": "string", "minLength": 1, "maxLength": 2000}
 OAUTH_SCHEMA = {                        # of the member `oauth` of a document that says what a #/$defs/role is
@@ -6306,7 +6307,7 @@ class Remote:
         try:
             self._parts = parts = urlsplit(url)
             self._port = parts.port or {"https": 443, "http": 80}[parts.scheme]
-            is_good = parts.hostname and "@" not in parts.netloc and "#" not in url and url.isprintable()
+            is_good = parts.hostname and "@" not in parts.netloc and _ADDRESS.fullmatch(url)
         except (ValueError, KeyError):
             is_good = False
         if not is_good:
@@ -6334,7 +6335,8 @@ class Remote:
             if self.breaker.state == "open":
                 trouble += f"; asked less often after {BREAKER_FAILURES} failures in a row (breaker open)"
             self._report(trouble)
-            if isinstance(error, (OSError, http.client.HTTPException, ValueError)):
+            # A RuntimeError says that the system gives no more threads
+            if isinstance(error, (OSError, http.client.HTTPException, ValueError, RuntimeError)):
                 raise _not_now(trouble) from None
             raise
         self.breaker.succeeded()
