@@ -29,6 +29,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -38,6 +39,7 @@ import time
 import traceback
 import unittest
 import urllib.parse
+import warnings
 import weakref
 from collections import Counter
 from http.server import BaseHTTPRequestHandler
@@ -52,9 +54,11 @@ from webhook_server import (
     parse_json, read_pattern)
 
 try:
+    import fcntl
     import resource
+    import termios
 except ImportError:             # Windows
-    resource = None
+    fcntl = resource = termios = None
 
 HERE = Path(__file__).absolute().parent
 PROGRAM = HERE / "webhook_server.py"
@@ -6550,7 +6554,7 @@ class AccessTest(ClientsServerTest):
         self.assertEqual(self.post(server, X_API_Key=KEYS["both"]).status, 200)
         for address, inside in (("203.0.113.7", True), ("203.0.114.1", False), ("2001:db8::1", True), ("::1", False),
                                 ("fe80::1%eth0", False), ("no address", False)):
-            networks = receiver._networks_of(["203.0.113.0/24", "2001:db8::/32"], "")
+            networks = receiver.networks_of(["203.0.113.0/24", "2001:db8::/32"])
             self.assertEqual(receiver.is_in(address, networks), inside)
 
     def test_who_is_over_the_rate_gets_429_and_the_others_do_not(self):
@@ -6619,7 +6623,7 @@ class AccessTest(ClientsServerTest):
         self.assertFalse(server.reload())
         self.assertEqual(self.post(server).status, 401)
         log = self.log_text(server)
-        self.assertIn("Reloaded: schema and 1 clients", log)
+        self.assertIn("Reloaded: schema, 1 clients", log)
         self.assertIn(f"ERROR - [-] Nothing was reloaded, the settings of before go on: clients {path}: ", log)
 
     def test_a_connection_that_is_open_lives_under_the_new_rules(self):
@@ -6869,6 +6873,638 @@ class SignedEventTest(ClientsServerTest):
             self.assertLessEqual(len(rules.access._strikes._kept), 1)
 
 
+class TenantTest(HTTPTest):
+    """One receiver, and nothing of one tenant is seen by another."""
+
+    def start_tenants(self, **settings):
+        entries = [key_entry("sender", *receiver.ROLES[:3], tenant="north"),
+                   key_entry("reader", *receiver.ROLES[:3], tenant="south"), key_entry("admin"),
+                   key_entry("operator", "sender", "reader", "operator"), key_entry("both", "admin", tenant="north")]
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": entries}))
+        path.chmod(0o600)
+        server = self.start(clients=str(path), **settings)
+        self.as_ = {"north": {"X_API_Key": KEYS["sender"]}, "south": {"X_API_Key": KEYS["reader"]},
+                    "default": {"X_API_Key": KEYS["operator"]}, "admin": {"X_API_Key": KEYS["admin"]},
+                    "north admin": {"X_API_Key": KEYS["both"]}}
+        return server
+
+    def file_of(self, tenant):
+        return self.database.with_name(f"{self.database.stem}.{tenant}{self.database.suffix}")
+
+    def test_a_tenant_has_a_file_beside_the_database_that_is_made_at_start(self):
+        self.start_tenants()
+        self.assertTrue(self.file_of("north").exists() and self.file_of("south").exists())
+        for path, expected in (("a/appointments.db", "a/appointments.north.db"), ("events", "events.north"),
+                               ("a.b/events", "a.b/events.north"), ("x.y.sqlite", "x.y.north.sqlite")):
+            self.assertEqual(receiver.database_of(path, "north"), expected)
+
+    def test_the_same_event_is_new_to_each_tenant_and_has_an_id_of_its_own(self):
+        server = self.start_tenants()
+        for who in ("north", "south", "default"):
+            answer = self.post(server, event(notes=who), **self.as_[who])
+            self.assertEqual((answer.status, answer.json["event_id"]), (200, 1))
+            self.assertEqual(self.post(server, event(notes=who), **self.as_[who]).json["identical"], True)
+        for tenant in ("north", "south"):
+            self.assertEqual(rows(self.file_of(tenant), "SELECT notes FROM appointment_events"), tenant)
+        self.assertEqual(rows(self.database, "SELECT notes FROM appointment_events"), "default")
+
+    def test_no_filter_id_or_cursor_gives_another_tenants_events(self):
+        server = self.start_tenants()
+        for number in range(3):
+            self.post(server, event(appointment_id=f"N{number}", patient_id="P"), **self.as_["north"])
+        self.post(server, event(appointment_id="S0", patient_id="P"), **self.as_["south"])
+        for query in ("", "?patient_id=P", "?appointment_id=N0", "?after=0", "?limit=1000", "?event_type=scheduled"):
+            with self.subTest(query):
+                answer = self.call(server, path=PATH + query, **self.as_["south"])
+                self.assertEqual({one["appointment_id"] for one in answer.json["events"]} - {"S0"}, set())
+        self.assertEqual([self.call(server, path=f"{PATH}/{number}", **self.as_["south"]).status for number in (1, 2, 3)],
+                         [200, 404, 404])
+        page = self.call(server, path=PATH + "?limit=1", **self.as_["north"]).json["next"]
+        self.assertEqual(self.call(server, path=page, **self.as_["south"]).json["events"], [])
+
+    def test_only_an_admin_of_the_default_tenant_names_another(self):
+        server = self.start_tenants()
+        for number in range(2):
+            self.post(server, event(appointment_id=f"N{number}"), **self.as_["north"])
+        for who, tenant, status in (("admin", "north", 200), ("admin", "south", 200), ("admin", "none", 404),
+                                    ("default", "north", 403), ("default", "none", 403), ("north admin", "south", 403),
+                                    ("north admin", "north", 403), ("south", "north", 403), ("north", "", 403)):
+            for path in (f"{PATH}?tenant={tenant}", f"{PATH}?%74enant={tenant}", f"{PATH}/1?tenant={tenant}"):
+                with self.subTest(who, path=path):
+                    is_there = "/1?" not in path or (who, tenant) != ("admin", "south")
+                    self.assertEqual(self.call(server, path=path, **self.as_[who]).status, status if is_there else 404)
+        page = self.call(server, path=PATH + "?tenant=north&limit=1", **self.as_["admin"]).json
+        self.assertEqual([one["appointment_id"] for one in page["events"]], ["N0"])
+        page = self.call(server, path=page["next"], **self.as_["admin"]).json
+        self.assertEqual([one["appointment_id"] for one in page["events"]], ["N1"])
+        self.assertEqual(self.call(server, path=PATH + "?tenant=north&tenant=south", **self.as_["admin"]).status, 400)
+        self.assertEqual(self.post(server, event(), **self.as_["admin"]).status, 200)
+        self.assertEqual(self.call(server, "POST", PATH + "?tenant=north", event(), **self.as_["admin"]).status, 409)
+
+    def test_without_clients_there_are_no_tenants(self):
+        self.assertEqual(self.call(self.start(), path=PATH + "?tenant=north").status, 404)
+
+    def test_a_locked_database_of_one_is_no_affair_of_the_others(self):
+        server = self.start_tenants(busy_timeout=0.2)
+        with contextlib.closing(sqlite3.connect(str(self.file_of("north")), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            self.assertEqual(self.post(server, **self.as_["north"]).status, 503)
+            for who in ("south", "default"):
+                self.assertEqual(self.post(server, **self.as_[who]).status, 200)
+                checks = self.call(server, path="/health", **self.as_[who]).json["checks"]
+                self.assertEqual(checks["database"]["status"], "ok")
+            other.execute("ROLLBACK")
+        self.assertEqual(self.post(server, **self.as_["north"]).status, 200)
+        log = self.log_text(server)
+        self.assertIn("Events of north cannot be stored", log)
+        self.assertIn("Events of north are stored again", log)
+        self.assertNotIn("Events cannot be stored", log)
+
+    def test_health_shows_a_tenant_its_own_database_and_the_default_one_all(self):
+        server = self.start_tenants()
+        for who, more in (("north", set()), ("default", {"database of north", "database of south"})):
+            answer = self.call(server, path="/health", **self.as_[who])
+            self.assertEqual(set(answer.json["checks"]), {"database", "disk", "log", "service"} | more)
+            self.assertEqual(answer.json["checks"]["database"], {"status": "ok", "breaker": "closed"})
+
+    def test_the_breaker_of_one_tenant_opens_alone_and_health_says_so(self):
+        server = self.start_tenants(busy_timeout=0.05)
+        self.file_of("north").unlink()
+        for _ in range(receiver.BREAKER_FAILURES):
+            self.assertEqual(self.post(server, **self.as_["north"]).status, 503)
+        self.assertEqual(self.call(server, path="/health", **self.as_["north"]).json["checks"]["database"]["breaker"], "open")
+        self.assertEqual(self.call(server, path="/health", **self.as_["south"]).json["checks"]["database"]["breaker"],
+                         "closed")
+
+    def test_a_reload_opens_the_database_of_a_new_tenant_and_one_that_cannot_be_opened_keeps_the_old_rules(self):
+        server, path = self.start_tenants(), self.folder / "clients.json"
+        self.file_of("west").write_text("no database at all, but a text that is long enough to be looked at" * 20)
+        entries = [key_entry("sender", tenant="west"), key_entry("reader", tenant="east")]
+        path.write_text(json.dumps({"clients": entries}))
+        self.assertFalse(server.reload())
+        self.assertEqual(self.post(server, **self.as_["north"]).status, 200)
+        self.file_of("west").unlink()
+        self.assertTrue(server.reload())
+        self.assertEqual(self.post(server, X_API_Key=KEYS["sender"]).status, 200)
+        self.assertEqual(rows(self.file_of("west")), 1)
+        self.assertIn("ERROR - [-] Nothing was reloaded", self.log_text(server))
+
+    def test_pipelined_events_of_two_tenants_are_answered_in_order_each_from_its_own_store(self):
+        server = self.start_tenants()
+        names = ["sender", "operator", "sender", "operator", "operator", "sender"] * 5
+        data = b"".join(post_bytes(event(appointment_id=str(number)), "X-API-Key: " + KEYS[name])
+                        for number, name in enumerate(names))
+        answers = self.talk(server, data)
+        self.assertEqual([answer.status for answer in answers], [200] * len(names))
+        self.assertEqual([answer.json["event_id"] for answer in answers],
+                         [names[:at + 1].count(name) for at, name in enumerate(names)])
+
+    def test_a_stop_closes_all_and_on_event_hears_of_all(self):
+        heard = []
+        server = self.start_tenants(on_event=heard.append)
+        for who in ("north", "south", "default"):
+            self.post(server, event(notes=who), **self.as_[who])
+        server.stop()
+        self.assertEqual(sorted(one.notes for one in heard), ["default", "north", "south"])
+        self.assertEqual([name for name in files(self.folder) if name.endswith(("-wal", "-shm"))], [])
+
+
+# =============================================================================
+# TLS and proxies
+# =============================================================================
+
+# For 127.0.0.1 and localhost, until 2125; the authority's key is nowhere any more
+AUTHORITY = """\
+-----BEGIN CERTIFICATE-----
+MIIBSDCB76ADAgECAhQKEOops/wvfOjld9PZteQaIOMTjTAKBggqhkjOPQQDAjAZ
+MRcwFQYDVQQDDA5UZXN0IGF1dGhvcml0eTAgFw0yNTAxMDEwMDAwMDBaGA8yMTI1
+MDEwMTAwMDAwMFowGTEXMBUGA1UEAwwOVGVzdCBhdXRob3JpdHkwWTATBgcqhkjO
+PQIBBggqhkjOPQMBBwNCAASqlwK/nRQOyESmJS0mWeX9Kg1nOaPKN2JPSCQhR7C1
+GDHCgFUfR+yrH8sWnbWQYUnc1GRFWoj0qJERUctoMRmRoxMwETAPBgNVHRMBAf8E
+BTADAQH/MAoGCCqGSM49BAMCA0gAMEUCIEybCATJwyK2oX0I0Nfy29iEyTm3Zz0R
+QkRL1MP/qarDAiEA+dk1P+ACFUtEIR+LNLTvFGt5PeVWvxN6riYMImV20nI=
+-----END CERTIFICATE-----
+"""
+SERVER_CERT = """\
+-----BEGIN CERTIFICATE-----
+MIIBbzCCARWgAwIBAgIUW15YASftfmJJ9IRv5WYbEFeoL38wCgYIKoZIzj0EAwIw
+GTEXMBUGA1UEAwwOVGVzdCBhdXRob3JpdHkwIBcNMjUwMTAxMDAwMDAwWhgPMjEy
+NTAxMDEwMDAwMDBaMBQxEjAQBgNVBAMMCWxvY2FsaG9zdDBZMBMGByqGSM49AgEG
+CCqGSM49AwEHA0IABAKMrPaXrgi668ktgVNl6El0yEtuSkox9NuuFCJQfdLuC7mp
+bWnKTGED89DYr2o4wywFuPnH0uURZsRL1atUbTGjPjA8MCwGA1UdEQQlMCOCCWxv
+Y2FsaG9zdIcEfwAAAYcQAAAAAAAAAAAAAAAAAAAAATAMBgNVHRMBAf8EAjAAMAoG
+CCqGSM49BAMCA0gAMEUCIEZIuLo40h55OxnC7898Frj2PYRHvFWdF0QhhUKva94h
+AiEA1Xa3yORC5BIRmunMAqndnKoi4t0VYhknHOPgnsECscQ=
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgR09p0QiF2l5Ofpo6
+4FNSLtp0ussO5qBRC8KNFjhCUkqhRANCAAQCjKz2l64IuuvJLYFTZehJdMhLbkpK
+MfTbrhQiUH3S7gu5qW1pykxhA/PQ2K9qOMMsBbj5x9LlEWbES9WrVG0x
+-----END PRIVATE KEY-----
+"""
+LOCKED_KEY = """\
+-----BEGIN ENCRYPTED PRIVATE KEY-----
+MIH0MF8GCSqGSIb3DQEFDTBSMDEGCSqGSIb3DQEFDDAkBBCK6yoBPEzJKTEZUYef
+WFqvAgIIADAMBggqhkiG9w0CCQUAMB0GCWCGSAFlAwQBKgQQp6MZR90DGcqNkmEr
+aXn1TASBkM4GSw33WP+LcrDvkxiLtuxXeya/whC2E9LS8XSIyDe7Wa9iJ9OOYCVo
+/BKkYjWRRBSjgGjXv7ZUZUY/L/ts4L6GvxGTX70r5vDXaxQT4TEjGz6tjcmZVxDp
+eMf8ZUBI70LvagHzO83gGhvgaprFMagYk3HBzcUymUx0g7uk+RwMNRwuaOel+anf
+0YOi7PoCOA==
+-----END ENCRYPTED PRIVATE KEY-----
+"""
+GATEWAY = """\
+-----BEGIN CERTIFICATE-----
+MIIBhDCCASmgAwIBAgIUJr+uuxOFMlYN7cvXgME0AUMFGyowCgYIKoZIzj0EAwIw
+GTEXMBUGA1UEAwwOVGVzdCBhdXRob3JpdHkwIBcNMjUwMTAxMDAwMDAwWhgPMjEy
+NTAxMDEwMDAwMDBaMBgxFjAUBgNVBAMMDW5vdCBsb29rZWQgYXQwWTATBgcqhkjO
+PQIBBggqhkjOPQMBBwNCAAStZjX2G5Z09z0fs114X8p2CtGXhA65prPAXPjKt/nF
+CrAwOqmg0Bk+bzbkw7t43FnGMLxj99KiD7ZJf6kOyDCYo04wTDA8BgNVHREENTAz
+ghNnYXRld2F5LmxhYi5leGFtcGxlhhxzcGlmZmU6Ly9sYWIuZXhhbXBsZS9nYXRl
+d2F5MAwGA1UdEwEB/wQCMAAwCgYIKoZIzj0EAwIDSQAwRgIhAObuT/QPbhETGa4D
+3fC+iano59o4russjksnVE5rCPIVAiEAwMiIb36vW0swrF3eaI2jom9khLIG73eq
+I8yLrmN+X1s=
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXIySfYNv+mCAjh5V
+l7osCUIP2ZJqriMAIqF6yIkxXKqhRANCAAStZjX2G5Z09z0fs114X8p2CtGXhA65
+prPAXPjKt/nFCrAwOqmg0Bk+bzbkw7t43FnGMLxj99KiD7ZJf6kOyDCY
+-----END PRIVATE KEY-----
+"""
+OLD_GATEWAY = """\
+-----BEGIN CERTIFICATE-----
+MIIBQjCB6aADAgECAhQina5Ccp4jkW/dPfes0/mJg6wWBzAKBggqhkjOPQQDAjAZ
+MRcwFQYDVQQDDA5UZXN0IGF1dGhvcml0eTAgFw0yNTAxMDEwMDAwMDBaGA8yMTI1
+MDEwMTAwMDAwMFowFjEUMBIGA1UEAwwLb2xkLWdhdGV3YXkwWTATBgcqhkjOPQIB
+BggqhkjOPQMBBwNCAAQfLyqKNPSNGfFnqRITrSmWPaux3+oFrFah9NvWK+l9Auwm
+hPdp2DdJzX2588jVQop4hE3u9Fz7Of38SB1dEHrjoxAwDjAMBgNVHRMBAf8EAjAA
+MAoGCCqGSM49BAMCA0gAMEUCICSJo42QndIhio/FcgP9atkzAMCfCJ4G+JZrtD+S
+FgUHAiEA1hT8YKxiWEhBC4EMbhTg4zQrXFJrJaS31qUaRckwGYw=
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgrw6I01WHFLeyAHrm
+h0AMBichCxh01DcSjr+7y/hI3AehRANCAAQfLyqKNPSNGfFnqRITrSmWPaux3+oF
+rFah9NvWK+l9AuwmhPdp2DdJzX2588jVQop4hE3u9Fz7Of38SB1dEHrj
+-----END PRIVATE KEY-----
+"""
+FOREIGN = """\
+-----BEGIN CERTIFICATE-----
+MIIBTzCB9qADAgECAhQ2hKaHwxWLHWFzA0IuS/UwBG3x+jAKBggqhkjOPQQDAjAe
+MRwwGgYDVQQDDBNnYXRld2F5LmxhYi5leGFtcGxlMCAXDTI1MDEwMTAwMDAwMFoY
+DzIxMjUwMTAxMDAwMDAwWjAeMRwwGgYDVQQDDBNnYXRld2F5LmxhYi5leGFtcGxl
+MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEJoU6wZya8BkbvhWQDcnEHNt+JY50
+bMxjLJ93XsxPejWJo20U5PUhU4A0bXc18ixyt/eng/uQB/+DU7tu1iQ6hKMQMA4w
+DAYDVR0TAQH/BAIwADAKBggqhkjOPQQDAgNIADBFAiEAuAA1sFBTViz1B9r8j/Ll
+r4YRoJXNrDp606OEKbuNp6wCIGiQk3ppu+Q3SOyvHGEBcMIRr5u8LUBi/kx/NPHP
+PFr6
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg086xC9bQH8YhmEED
+yG7xcCJSoi600+zizyDFs7O5y7ahRANCAAQmhTrBnJrwGRu+FZANycQc234ljnRs
+zGMsn3dezE96NYmjbRTk9SFTgDRtdzXyLHK396eD+5AH/4NTu27WJDqE
+-----END PRIVATE KEY-----
+"""
+ENDED = """\
+-----BEGIN CERTIFICATE-----
+MIIBSDCB76ADAgECAhQb2bMIUYUnaYin52kt0iw98ecn8jAKBggqhkjOPQQDAjAZ
+MRcwFQYDVQQDDA5UZXN0IGF1dGhvcml0eTAeFw0yNTAxMDEwMDAwMDBaFw0yNTAy
+MDEwMDAwMDBaMB4xHDAaBgNVBAMME2dhdGV3YXkubGFiLmV4YW1wbGUwWTATBgcq
+hkjOPQIBBggqhkjOPQMBBwNCAARxaUbwL9/G+4LqmrJja6SGbvTTJzZYtLsrjkTO
+wZWcoiFq12tSbhjs4kHvUDPFt56cf/Ghi77bBlr7vAL0fS6EoxAwDjAMBgNVHRMB
+Af8EAjAAMAoGCCqGSM49BAMCA0gAMEUCIQDHddU+o/J+TsQx7mZU4yYWNdGmf9bG
+LHO1BHEWQc1nkAIgDJPuer88TSg5pzyWpgXwpnIoVzRXr7NE20zPq0PwT2I=
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgms2uyvg0iz83HnHD
+X2+JLp3Vxtzvjc8SLeEPgVmJeUqhRANCAARxaUbwL9/G+4LqmrJja6SGbvTTJzZY
+tLsrjkTOwZWcoiFq12tSbhjs4kHvUDPFt56cf/Ghi77bBlr7vAL0fS6E
+-----END PRIVATE KEY-----
+"""
+
+
+def unread(connection):
+    """Bytes that the system has taken of us and the peer has not read."""
+    return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0" * 4))[0]
+
+
+class TLSTest(HTTPTest):
+    """HTTPS, and clients by their certificates."""
+
+    def start_tls(self, *entries, **settings):
+        for name, text in (("server.pem", SERVER_CERT), ("authority.pem", AUTHORITY), ("gateway.pem", GATEWAY),
+                           ("old.pem", OLD_GATEWAY), ("foreign.pem", FOREIGN), ("ended.pem", ENDED)):
+            (self.folder / name).write_text(text)
+        if entries:
+            path = self.folder / "clients.json"
+            path.write_text(json.dumps({"clients": list(entries)}))
+            settings = {"clients": str(path), "tls_client_ca": str(self.folder / "authority.pem"), **settings}
+        return self.start(tls_cert=str(self.folder / "server.pem"), **settings)
+
+    def context(self, certificate=None):
+        context = ssl.create_default_context(cadata=AUTHORITY)
+        if certificate is not None:
+            context.load_cert_chain(str(self.folder / certificate))
+        return context
+
+    def secure(self, server, certificate=None, context=None):
+        """A connection over TLS, closed after the test."""
+        context = context or self.context(certificate)
+        connection = context.wrap_socket(self.connect(server), server_hostname="localhost")
+        self.addCleanup(connection.close)
+        return connection
+
+    def ask(self, server, data, certificate=None):
+        """The status of the answer to one request on a connection of its own."""
+        with self.secure(server, certificate) as connection:
+            connection.sendall(data)
+            return self.read_answer(connection).status
+
+    def test_events_come_over_https_and_many_on_one_connection(self):
+        server = self.start_tls()
+        self.assertEqual(server.url, f"https://127.0.0.1:{server.port}")
+        connection = self.secure(server)
+        self.assertEqual(connection.selected_alpn_protocol(), None)
+        for number in range(20):
+            connection.sendall(post_bytes(event(appointment_id=str(number))))
+            self.assertEqual(self.read_answer(connection).status, 200)
+        self.assertEqual(rows(self.database), 20)
+
+    def test_requests_in_any_pieces_pipelined_and_large_ones_are_read_as_over_a_plain_connection(self):
+        server = self.start_tls()
+        whole = b"".join(post_bytes(event(appointment_id=str(number))) for number in range(200))
+        connection = self.secure(server)
+        connection.sendall(whole)
+        connection.sendall(post_bytes(event(appointment_id="large", notes="n" * 500000)))
+        connection.sendall(b"GET /webhook/appointments?limit=1000 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answers = answers_in(read_all(connection))
+        self.assertEqual([answer.status for answer in answers], [200] * 202)
+        self.assertEqual(len(answers[-1].json["events"]), 201)
+        connection = self.secure(server)
+        for byte in post_bytes(event(appointment_id="trickled")):
+            connection.sendall(bytes([byte]))
+        self.assertEqual(self.read_answer(connection).status, 200)
+
+    def test_a_record_in_pieces_is_waited_for(self):
+        """By the poller, too, which must not wait itself."""
+        server = self.start_tls()
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls, raw = self.context().wrap_bio(incoming, outgoing, server_hostname="localhost"), self.connect(server)
+
+        def step(function, *arguments):
+            while True:
+                try:
+                    return function(*arguments)
+                except ssl.SSLWantReadError:
+                    raw.sendall(outgoing.read())
+                    incoming.write(raw.recv(65536))
+        step(tls.do_handshake)
+        for number in range(3):
+            tls.write(post_bytes(event(appointment_id=str(number))))
+            data = outgoing.read()
+            for piece in (data[:3], data[3:100], data[100:-1], data[-1:]):
+                raw.sendall(piece)
+                until(lambda: unread(raw) == 0, "the piece to be read")
+                self.assertEqual(self.post_secure(server, f"beside {number} {len(piece)}"), 200)
+            self.assertIn(b"200 OK", step(tls.read, 65536))
+
+    def post_secure(self, server, appointment_id):
+        return self.ask(server, post_bytes(event(appointment_id=appointment_id)))
+
+    def test_an_answer_that_its_receiver_takes_late_keeps_nobody_and_comes_whole(self):
+        server = self.start_tls()
+        for number in range(40):
+            server.store.add(stored_event(number, payload=json.dumps({"n": "x" * 100000})))
+        slow = self.secure(server)
+        slow.sendall(b"GET /webhook/appointments HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n"
+                     b"Connection: close\r\n\r\n")
+        for number in range(5):
+            self.assertEqual(self.post_secure(server, f"while {number}"), 200)
+        answer, = answers_in(read_all(slow))
+        self.assertGreaterEqual(answer.body.count(b"\n"), 40)
+
+    def test_answers_that_do_not_fit_into_the_socket_follow_in_order(self):
+        server = self.start_tls()
+        connection = self.secure(server)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        pieces = [post_bytes(event(appointment_id=str(number), notes="n" * 100)) for number in range(400)]
+        thread = threading.Thread(target=connection.sendall, args=(b"".join(pieces),))
+        thread.start()
+        ids = []
+        with connection.makefile("rb") as file:
+            for _ in pieces:
+                head = iter(file.readline, b"\r\n")
+                length, = [int(line.split(b":")[1]) for line in head if line.lower().startswith(b"content-length")]
+                ids.append(json.loads(file.read(length))["event_id"])
+        thread.join()
+        self.assertEqual(ids, list(range(1, len(pieces) + 1)))
+
+    def test_plain_http_hears_that_this_is_https(self):
+        server = self.start_tls()
+        answer, = self.talk(server, post_bytes(event()))
+        self.assertEqual((answer.status, answer.json["message"]), (400, "This is HTTPS: use https://"))
+        self.assertEqual(self.ask(server, post_bytes(event())), 200)
+        self.assertEqual(rows(self.database), 1)
+
+    def test_garbage_a_silent_peer_and_one_that_leaves_in_the_midst_keep_no_connection(self):
+        server = self.start_tls(header_timeout=0.3)
+        silent, half = self.connect(server), self.connect(server)
+        half.sendall(b"\x16\x03\x01")
+        for data in (b"\0" * 1000, b"\x16\x03\x01\x40\x00" + b"x" * 1000, b"\x16\x03\x01\x00\x05\x01\x00\x00\x01\x00"):
+            self.assertNotIn(b"HTTP", self.exchange(server, data))
+        for connection in (silent, half):
+            self.assertIn(read_all(connection)[:1], (b"", b"\x15"))     # nothing, or an alert
+        broken = self.secure(server)
+        broken.sendall(post_bytes(event()))
+        self.assertEqual(self.read_answer(broken).status, 200)
+        socket.socket.sendall(broken, b"\x17\x03\x03\x00\x20" + b"x" * 32)      # no record of ours
+        self.assertEqual(self.post_secure(server, "after"), 200)
+        until(lambda: not server._server.open_connections, "the end of all connections")
+        self.assertIn("INFO - [-] no TLS with 127.0.0.1: ", self.log_text(server))
+
+    def test_older_versions_of_tls_are_refused(self):
+        server = self.start_tls()
+        for version, is_taken in ((ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True),
+                                  (ssl.TLSVersion.TLSv1_3, True)):
+            context = self.context()
+            with self.subTest(version), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    context.set_ciphers("ALL:@SECLEVEL=0")
+                    context.minimum_version = ssl.TLSVersion.TLSv1
+                    context.maximum_version = version
+                    taken = self.secure(server, context=context).version() is not None
+                except (ssl.SSLError, ValueError, ConnectionError):
+                    taken = False
+                self.assertEqual(taken, is_taken)
+
+    def test_a_client_is_known_by_a_name_in_its_certificate(self):
+        server = self.start_tls({"name": "lab", "roles": ["sender"], "certificate": "gateway.lab.example"},
+                                {"name": "old", "roles": ["reader"], "certificate": "old-gateway"})
+        post, get = post_bytes(event()), b"GET /webhook/appointments HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for certificate, expected in (("gateway.pem", [200, 403]), ("old.pem", [403, 200]), (None, [401, 401]),
+                                      ("server.pem", [401, 401])):
+            with self.subTest(certificate):
+                self.assertEqual([self.ask(server, data, certificate) for data in (post, get)], expected)
+        self.assertEqual(rows(self.database, "SELECT client FROM appointment_events"), "lab")
+
+    def test_a_uri_name_counts_and_the_common_name_only_where_there_is_no_other(self):
+        server = self.start_tls({"name": "lab", "roles": ["sender"], "certificate": "spiffe://lab.example/gateway"},
+                                {"name": "common", "roles": ["sender"], "certificate": "not looked at"})
+        self.assertEqual(self.ask(server, post_bytes(event()), "gateway.pem"), 200)
+        self.assertEqual(rows(self.database, "SELECT client FROM appointment_events"), "lab")
+
+    def test_certificates_of_nobody_we_trust_and_ended_ones_get_no_connection(self):
+        server = self.start_tls({"name": "lab", "roles": ["sender"], "certificate": "gateway.lab.example"})
+        for certificate in ("foreign.pem", "ended.pem"):
+            with self.subTest(certificate), self.assertRaises((ssl.SSLError, OSError, http.client.HTTPException)):
+                self.ask(server, post_bytes(event()), certificate)
+        self.assertEqual(self.ask(server, post_bytes(event()), "gateway.pem"), 200)
+        self.assertEqual(rows(self.database), 1)
+
+    def test_the_same_head_over_a_connection_without_the_certificate_is_refused(self):
+        server = self.start_tls({"name": "lab", "roles": ["sender"], "certificate": "gateway.lab.example"})
+        expected = [200, 401, 409, 401, 409]
+        found = [self.ask(server, post_bytes(event()), name)
+                 for name in ("gateway.pem", None, "gateway.pem", None, "gateway.pem")]
+        self.assertEqual(found, expected)
+
+    def test_require_all_asks_for_key_and_certificate(self):
+        entry = key_entry("sender", certificate="gateway.lab.example", require="all")
+        server = self.start_tls(entry)
+        with_key = post_bytes(event(), "X-API-Key: " + KEYS["sender"])
+        for data, certificate, status in ((with_key, "gateway.pem", 200), (with_key, None, 401),
+                                          (post_bytes(event()), "gateway.pem", 401)):
+            self.assertEqual(self.ask(server, data, certificate), status)
+
+    def test_a_reload_takes_the_new_certificate_and_one_that_does_not_fit_keeps_the_old(self):
+        server = self.start_tls()
+        path = self.folder / "server.pem"
+        open_before = self.secure(server)
+        before = open_before.getpeercert(True)
+        gateway = GATEWAY.split("-----BEGIN PRIVATE KEY")
+        path.write_text(SERVER_CERT.split("-----BEGIN PRIVATE")[0] + "-----BEGIN PRIVATE KEY" + gateway[1])
+        self.assertFalse(server.reload())
+        self.assertEqual(self.secure(server).getpeercert(True), before)
+        path.write_text(GATEWAY)
+        self.assertTrue(server.reload())
+        context = self.context()
+        context.check_hostname = False
+        self.assertNotEqual(self.secure(server, context=context).getpeercert(True), before)
+        open_before.sendall(post_bytes(event()))
+        self.assertEqual(self.read_answer(open_before).status, 200)
+        log = self.log_text(server)
+        self.assertIn(f"tls_cert {path}: is not the key of the certificate in {path}", log)
+        self.assertIn("Reloaded: schema, certificate", log)
+
+    def test_what_cannot_be_served_is_one_line(self):
+        files = {"cert": SERVER_CERT.split("-----BEGIN PRIVATE")[0], "whole": SERVER_CERT, "locked": LOCKED_KEY,
+                 "other": GATEWAY, "text": "hello", "broken": "-----BEGIN CERTIFICATE-----\nxxx\n"
+                 "-----END CERTIFICATE-----\n-----BEGIN PRIVATE KEY-----\nxxx\n-----END PRIVATE KEY-----\n"}
+        for name, text in files.items():
+            (self.folder / name).write_text(text)
+        for settings, word in (({"tls_key": "whole"}, "tls_key: goes with tls_cert"),
+                               ({"tls_client_ca": "cert"}, "tls_client_ca: goes with tls_cert"),
+                               ({"tls_cert": "cert"}, "there is no private key in it"),
+                               ({"tls_cert": "text"}, "there is no certificate in it"),
+                               ({"tls_cert": "none"}, "No such file"),
+                               ({"tls_cert": "cert", "tls_key": "locked"}, "it has a passphrase"),
+                               ({"tls_cert": "cert", "tls_key": "other"}, "is not the key of the certificate"),
+                               ({"tls_cert": "broken"}, "tls_cert"),
+                               ({"tls_cert": "whole", "tls_client_ca": "text"}, "there is no certificate in it"),
+                               ({"tls_cert": "whole", "tls_client_ca": "broken"}, "tls_client_ca")):
+            given = {name: str(self.folder / value) for name, value in settings.items()}
+            with self.subTest(settings), self.assertRaises(SetupError) as caught:
+                WebhookServer(Config(port=0, database=str(self.database), **given))
+            self.assertIn(word, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+        self.assertEqual(self.start(tls_cert=str(self.folder / "whole"), tls_key=str(self.folder / "whole"),
+                                    tls_client_ca=str(self.folder / "whole")).url[:5], "https")
+
+    def test_a_certificate_in_an_entry_needs_an_authority(self):
+        with self.assertRaises(SetupError) as caught:
+            self.start_tls({"name": "lab", "roles": ["sender"], "certificate": "x"}, tls_client_ca="")
+        self.assertIn("/clients/0/certificate: needs the setting tls_client_ca", str(caught.exception))
+
+    def test_a_stop_answers_what_has_come_and_says_the_end(self):
+        server = self.start_tls()
+        connection = self.secure(server)
+        connection.sendall(post_bytes(event()))
+        self.assertEqual(self.read_answer(connection).status, 200)
+        connection.sendall(post_bytes(event(appointment_id="2")))
+        until(lambda: rows(self.database) == 2, "the second event")
+        server.stop()
+        self.assertEqual(statuses(read_all(connection)), [200])     # an end that TLS does not say would raise
+
+    def test_send_speaks_https(self):
+        server = self.start_tls()
+        with mock.patch.dict(os.environ, {"SSL_CERT_FILE": str(self.folder / "authority.pem")}):
+            code, out, err = command("send", "--url", server.url)
+        self.assertEqual((code, out[:4], err), (0, "200\n", ""))
+        code, out, err = command("send", "--url", server.url)
+        self.assertEqual((code, out, err.count("\n")), (1, "", 1))
+
+
+class ProxyTest(HTTPTest):
+    """Whose request it is that a proxy sends."""
+
+    def test_the_last_address_that_is_no_proxy_counts(self):
+        networks = receiver.networks_of(["10.0.0.0/8", "fd00::/8"])
+        for fields, expected in (
+                ({}, ""), ({"x-forwarded-for": "203.0.113.7"}, "203.0.113.7"),
+                ({"x-forwarded-for": "6.6.6.6, 203.0.113.7"}, "203.0.113.7"),
+                ({"x-forwarded-for": "6.6.6.6, 203.0.113.7,10.0.0.1 , 10.2.3.4"}, "203.0.113.7"),
+                ({"x-forwarded-for": "unknown, 203.0.113.7"}, "203.0.113.7"),
+                ({"x-forwarded-for": "10.0.0.9, 10.0.0.1"}, "10.0.0.9"),
+                ({"x-forwarded-for": "2001:db8::7"}, "2001:db8::7"), ({"x-forwarded-for": "[2001:db8::7]:99"}, "2001:db8::7"),
+                ({"x-forwarded-for": "203.0.113.7:4711"}, "203.0.113.7"), ({"x-forwarded-for": "2001:DB8:0::7"}, "2001:db8::7"),
+                ({"forwarded": "for=203.0.113.7"}, "203.0.113.7"),
+                ({"forwarded": 'For="[2001:db8:cafe::17]:4711";proto=https'}, "2001:db8:cafe::17"),
+                ({"forwarded": "for=6.6.6.6, for=203.0.113.7;by=10.0.0.1, for=10.0.0.2"}, "203.0.113.7"),
+                ({"forwarded": "for=203.0.113.7", "x-forwarded-for": "203.0.113.7"}, "203.0.113.7")):
+            head = receiver.Head()
+            head.fields = fields
+            with self.subTest(fields):
+                self.assertEqual(receiver.forwarded_address(head, networks), expected)
+
+    def test_what_has_two_readings_or_none_is_refused(self):
+        for fields in ({"x-forwarded-for": ""}, {"x-forwarded-for": "unknown"}, {"x-forwarded-for": "203.0.113.7, "},
+                       {"x-forwarded-for": "1.2.3"}, {"x-forwarded-for": "203.0.113.7 6.6.6.6"},
+                       {"x-forwarded-for": "<script>"}, {"forwarded": ""}, {"forwarded": "203.0.113.7"},
+                       {"forwarded": "for=unknown"}, {"forwarded": "for=_hidden"}, {"forwarded": "proto=https"},
+                       {"forwarded": 'for="6.6.6.6, for=203.0.113.7'}, {"forwarded": 'for="a,b"'},
+                       {"forwarded": "for=6.6.6.6 for=203.0.113.7"},
+                       {"forwarded": "for=6.6.6.6", "x-forwarded-for": "203.0.113.7"}):
+            head = receiver.Head()
+            head.fields = fields
+            with self.subTest(fields), self.assertRaises(receiver.Malformed) as caught:
+                receiver.forwarded_address(head, receiver.networks_of(["10.0.0.0/8"]))
+            self.assertEqual(caught.exception.status, 400)
+
+    def start_behind(self, *entries, **settings):
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": list(entries)}))
+        return self.start(clients=str(path), trusted_proxy="127.0.0.2", **settings)
+
+    def ask(self, server, data, source):
+        with socket.create_connection(("127.0.0.1", server.port), WAIT, (source, 0)) as connection:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            return [self.proper(answer) for answer in answers_in(read_all(connection))]
+
+    def test_only_the_proxy_says_whose_request_it_is(self):
+        server = self.start_behind(key_entry("sender", allow_from=["203.0.113.0/24"]))
+        key = "X-API-Key: " + KEYS["sender"]
+        for field, source, status in (("X-Forwarded-For: 203.0.113.7", "127.0.0.2", 200),
+                                      ("X-Forwarded-For: 203.0.113.7", "127.0.0.1", 403),
+                                      ("X-Forwarded-For: 203.0.113.7", "127.0.0.2", 409),
+                                      ("X-Forwarded-For: 203.0.113.7, 6.6.6.6", "127.0.0.2", 403),
+                                      ("Forwarded: for=203.0.113.7", "127.0.0.2", 409),
+                                      ("X-Forwarded-For: nonsense", "127.0.0.2", 400),
+                                      ("X-Forwarded-For: nonsense", "127.0.0.1", 403), ("X-Other: 1", "127.0.0.2", 403)):
+            with self.subTest(field, source=source):
+                answer, = self.ask(server, post_bytes(event(), key, field), source)
+                self.assertEqual(answer.status, status)
+        log = self.log_text(server)
+        self.assertIn("client=sender address=203.0.113.7 ", log)
+        self.assertIn("client=sender address=6.6.6.6\n", log)
+
+    def test_rates_are_of_the_address_behind_the_proxy(self):
+        server = self.start(trusted_proxy="127.0.0.2", rate_limit=1)
+        data = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Forwarded-For: 203.0.113.%d\r\n\r\n"
+        found = [self.ask(server, data % number, "127.0.0.2")[0].status for number in range(30)]
+        self.assertEqual(found, [200] * 30)
+        self.assertIn(429, [self.ask(server, data % 1, "127.0.0.2")[0].status for number in range(9)])
+
+    def test_other_machines_are_refused_at_the_door_unless_we_speak_tls(self):
+        server = self.start_behind(key_entry("sender"))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.settimeout(WAIT)
+            server._server.process_request(ours, ("203.0.113.9", 4711))
+            answer, = answers_in(read_all(theirs))
+        self.assertEqual((answer.status, answer.json["message"]), (403, "Only trusted proxies may connect here"))
+        self.assertIn("Only trusted proxies may connect here: refused one from 203.0.113.9", self.log_text(server))
+
+    def test_a_proxy_may_have_more_connections_than_one_address(self):
+        server = self.start_behind(key_entry("sender"), max_connections_per_address=2, max_connections=10)
+        self.addCleanup(server.stop)
+        for source, expected in (("127.0.0.2", 6), ("127.0.0.1", 2)):
+            opened = [socket.create_connection(("127.0.0.1", server.port), WAIT, (source, 0)) for _ in range(6)]
+            for connection in opened:
+                self.addCleanup(connection.close)
+                connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            found = [connection.recv(65536)[9:12] for connection in opened]
+            self.assertEqual(found.count(b"200"), expected)
+            for connection in opened:
+                connection.close()
+            until(lambda: not server._server.open_connections, "the end of all connections")
+
+    def test_where_other_machines_can_connect_clients_need_tls_or_a_proxy(self):
+        (self.folder / "clients.json").write_text(json.dumps({"clients": []}))
+        (self.folder / "server.pem").write_text(SERVER_CERT)
+        clients, tls = {"clients": str(self.folder / "clients.json")}, {"tls_cert": str(self.folder / "server.pem")}
+        proxy, insecure = {"trusted_proxy": "10.0.0.0/28"}, {"insecure": True}
+        for given, starts, is_warned in (({}, False, False), (clients, False, False), (tls, False, False),
+                                         (proxy, False, False), ({**clients, **tls}, True, False),
+                                         ({**clients, **proxy}, True, False), (insecure, True, True)):
+            config = Config(host="0.0.0.0", port=0, database=str(self.database), **given)
+            with self.subTest(list(given)):
+                if not starts:
+                    with self.assertRaises(SetupError) as caught:
+                        receiver.warnings_of_open_door(config, False)
+                    self.assertRegex(str(caught.exception), "--clients .*--tls-cert .*--trusted-proxy .*--insecure")
+                else:
+                    self.assertEqual(bool(receiver.warnings_of_open_door(config, False)), is_warned)
+            self.assertEqual(receiver.warnings_of_open_door(config, True), [])
+
+    def test_nonsense_for_a_network_is_refused(self):
+        for value in ("x", "10.0.0.1/8", "10.0.0.0/99", "1.2.3", "example.org"):
+            with self.subTest(value), self.assertRaises(SetupError) as caught:
+                Config(trusted_proxy=value)
+            self.assertTrue(str(caught.exception).startswith("trusted_proxy: "))
+        self.assertEqual(Config(trusted_proxy="10.0.0.0/8, ::1").trusted_proxy, ("10.0.0.0/8", "::1"))
+
+
 # =============================================================================
 # Endpoints and Connections
 # =============================================================================
@@ -6964,9 +7600,9 @@ class RulesTest(unittest.TestCase):
 
     def rules(self, loopback=True, **settings):
         config = Config(**settings)
-        endpoints = receiver.Endpoints(config, None, None, {})
+        endpoints = receiver.Endpoints(config, None, None)
         access = receiver.OpenAccess(None, 0)
-        endpoints.rules = receiver.Rules(config, None, b"", None, access, endpoints, loopback)
+        endpoints.rules = receiver.Rules(config, None, b"", None, access, None, endpoints, loopback)
         return endpoints.rules
 
     def test_a_head_that_comes_again_is_judged_once_and_one_that_does_not_is_not_kept(self):
@@ -7113,7 +7749,7 @@ class ReceiveTest(HTTPTest):
         self.assertRegex(self.log_text(server), "WARNING - .* 200 duplicate event_id=1 ")
 
     def test_the_answer_out_of_the_template_is_the_one_that_any_other_way_would_make(self):
-        endpoints = receiver.Endpoints(Config(), None, None, {})
+        endpoints = receiver.Endpoints(Config(), None, None)
         request, date = mock.Mock(id="2025-01-10T14:23:15.123456"), "Fri, 10 Jan 2025 14:23:15 GMT"
         for event_id in (1, 9, 10, 12345, 2 ** 63 - 1):
             response = receiver.stored_response(request.id, event_id)
@@ -7502,8 +8138,8 @@ class HealthTest(HTTPTest):
             asked.append((name, wait))
             return {"status": "ok"}
         checks = {name: functools.partial(check, name) for name in ("database", "disk", "log", "on_event")}
-        endpoints = receiver.Endpoints(Config(), None, None, checks)
-        self.assertEqual(endpoints.health(None).status, 200)
+        endpoints = receiver.Endpoints(Config(), None, lambda store: checks)
+        self.assertEqual(endpoints.health(mock.Mock()).status, 200)
         self.assertEqual(asked[:4], [(name, 0.0) for name in checks])
         self.assertEqual([name for name, _ in asked[4:]], list(checks))
         self.assertLessEqual(max(wait for _, wait in asked), 0.05)
@@ -8466,7 +9102,7 @@ class ListenTest(HTTPTest):
         for number, words in ((13, "may not take a port below 1024"), (98, "choose another with --port"),
                               (99, "no network interface")):
             number = {13: receiver.errno.EACCES, 98: receiver.errno.EADDRINUSE, 99: receiver.errno.EADDRNOTAVAIL}[number]
-            with self.subTest(words), mock.patch.object(receiver.Server, "_listener", side_effect=OSError(number, "x")), \
+            with self.subTest(words), mock.patch.object(receiver, "_listener", side_effect=OSError(number, "x")), \
                     self.assertRaisesRegex(SetupError, words):
                 WebhookServer(Config(port=80, database=str(self.database))).start()
 
@@ -9327,7 +9963,7 @@ class ShutdownTest(HTTPTest):
 # =============================================================================
 
 PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "Files", "SQLite", "Store", "Log", "HTTP",
-         "Credentials", "Access", "Endpoints", "Connections", "Service", "Command line")
+         "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
 
 
 def can_connect(port):
@@ -10164,7 +10800,7 @@ class KeyboardTest(RunningTest):
 
     def test_every_number_and_choice_refuses_nonsense_and_names_flag_or_variable(self):
         for field in dataclasses.fields(Config):
-            if field.metadata["metavar"] in ("TEXT", "FILE", "HOST", "ORIGIN"):
+            if field.metadata["metavar"] in ("TEXT", "FILE", "HOST", "ORIGIN", "NETWORK"):
                 continue
             if field.default is False:          # a flag without a value
                 self.assert_usage(command("--port", 0, environment={"WEBHOOK_" + field.name.upper(): "maybe"}),

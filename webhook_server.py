@@ -25,6 +25,7 @@ section uses only those above it:
     Credentials    does a signature or a token prove what it says
     Access         who may do what: clients, keys, roles, networks, rates
     Endpoints      what each route answers, and which rules it is judged by
+    TLS            certificates, and a connection over TLS that is used as a plain one
     Connections    sockets and threads: the poller that leads, limits
     Service        puts the parts together: start, drain, stop
     Command line   serve, check, send, bench
@@ -100,6 +101,10 @@ try:
     import resource
 except ImportError:                     # Windows
     fcntl = resource = None
+try:
+    import ssl
+except ImportError:                     # a Python that was built without OpenSSL
+    ssl = None
 
 __version__ = "1.0.0"
 
@@ -211,6 +216,13 @@ def _list_of(pattern: str, what: str) -> Callable[[Any], tuple]:
     return parse
 
 
+def _networks(value: Any) -> tuple:
+    items = _list_of(r"[0-9a-f.:]+(/[0-9]+)?", "a network such as 10.0.0.0/28")(value)
+    for item in items:
+        ipaddress.ip_network(item)
+    return items
+
+
 def checked(parse: Callable[[Any], Any], value: Any, where: str) -> Any:
     """parse(value). Raises SetupError that names `where` the value came from."""
     try:
@@ -231,12 +243,13 @@ def _choice(default: str, choices: str, help: str) -> Any:
 
 
 def _file(default: str, help: str, parse: Callable[[Any], str], group: str = "", unset: Optional[Path] = None,
-          beside: Callable[[Config], Iterable[str]] = lambda config: ()) -> Any:
+          beside: Callable[[Config], Iterable[str]] = lambda config: (), kind: str = "") -> Any:
     """A setting that names a file; being declared so is what makes Config.check_files() look after it.
 
     `unset` is the file that counts where it is empty, `beside` gives the endings of files that go with it.
+    Settings of one `kind` may name the same file.
     """
-    return _setting(default, help, parse, "FILE", group, file=(unset, beside))
+    return _setting(default, help, parse, "FILE", group, file=(unset, beside, kind))
 
 
 def _rotated(config: Config) -> Iterable[str]:
@@ -302,6 +315,18 @@ class Config:
     clients: PathText = _file(
         "", "who may do what: a JSON file, see README; without it everybody may do everything", _optional_text,
         group="who may send and read")
+    tls_cert: PathText = _file(
+        "", "serve HTTPS with this certificate (PEM, with those that lead to its authority)", _optional_text,
+        kind="TLS")
+    tls_key: PathText = _file(
+        "", "its private key (default: in the certificate's file)", _optional_text, kind="TLS")
+    tls_client_ca: PathText = _file(
+        "", "ask for client certificates of these authorities; a client's entry names the one it takes",
+        _optional_text, kind="TLS")
+    trusted_proxy: Sequence[str] = _setting(
+        (), "network of the proxies in front of us, such as 10.0.0.0/28: only these and this machine may "
+        "connect, unless with --tls-cert, and they say whose request it is (repeat, or separate with commas)",
+        _networks, "NETWORK")
     insecure: bool = _setting(
         False, "let other machines connect without --clients or without TLS (as a variable: yes)", _yes_or_no, "")
     rate_limit: int = _setting(
@@ -338,16 +363,16 @@ class Config:
         """
         owners = {_identity(__file__): "this program"}
         for field in dataclasses.fields(self):
-            unset, beside = field.metadata.get("file", (None, None))
+            unset, beside, kind = field.metadata.get("file", (None, None, ""))
             path, name = str(getattr(self, field.name) or unset or ""), field.name
             if not path or beside is None:
                 continue
             check_place(name, path)
-            files = _files_of(path, beside(self))
+            files, owner = _files_of(path, beside(self)), kind or f"the {name.replace('_', ' ')} ({path})"
             for identity, file in files.items():
-                if identity in owners:
+                if owners.get(identity, owner) != owner:
                     raise SetupError(f"{name}: {file} belongs to {owners[identity]}; name another file")
-            owners.update(dict.fromkeys(files, f"the {name.replace('_', ' ')} ({path})"))
+            owners.update(dict.fromkeys(files, owner))
 
 
 def _files_of(path: str, endings: Iterable[str]) -> dict:
@@ -3482,7 +3507,8 @@ class SQLite:
     WAL_BYTES = 64 * 1024 * 1024    # what a WAL that had to grow longer is cut to when it is started anew
     FULL_CHECK_BYTES = 256 * 1024 * 1024  # larger files are not read whole at start: it would take seconds
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, cache_kib: int = CACHE_KIB) -> None:
+        self._cache_kib = cache_kib
         self.path = os.path.abspath(path)   # connections are made later, too: chdir must not lead them astray
         self.notes: list = []               # what opening has to tell, line by line
         self.is_new = False
@@ -3513,7 +3539,7 @@ class SQLite:
                                   "state before that; README says how to restore")
             if os.path.getsize(self.path):
                 self._inspect()
-            self.writer = self.connect(self.CACHE_KIB - self.readers.MOST * self.readers.CACHE_KIB)
+            self.writer = self.connect(self._cache_kib - self.readers.MOST * self.readers.CACHE_KIB)
             self._prepare(self.writer)
             if self.is_new:
                 self.notes += _notes_of_saved(self.path)
@@ -4675,6 +4701,11 @@ class Store:
             raise outcome.error
         return waiting.result
 
+    @property
+    def breaker_state(self) -> str:
+        """"closed", "open" or "half-open"."""
+        return self._breaker.state
+
     def settle(self) -> None:
         """Wait until everything submitted before this call is done. Not for the threads that commit."""
         with self._lead_lock:
@@ -5579,15 +5610,21 @@ class ChunkedBody:
         return bool(line)
 
 
-def parse_query(query: str, known: Iterable) -> dict:
-    """Parameters of a query string, each at most once. Raises Refusal that names the wrong one."""
-    values: dict = {}
+def query_pairs(query: str) -> Iterator[tuple]:
+    """(name, value) of each parameter in a query string. Raises Refusal where it is not UTF-8."""
     for pair in filter(None, query.split("&")):
         name, _, value = pair.partition("=")
         try:
             name, value = (unquote_to_bytes(part.replace("+", " ")).decode() for part in (name, value))
         except UnicodeDecodeError:
             raise Refusal(400, "The query is not UTF-8") from None
+        yield name, value
+
+
+def parse_query(query: str, known: Iterable) -> dict:
+    """Parameters of a query string, each at most once. Raises Refusal that names the wrong one."""
+    values: dict = {}
+    for name, value in query_pairs(query):
         if name not in known:
             raise Refusal(400, f"Unknown filter {{}}; known are {', '.join(known)}", name)
         if name in values:
@@ -5929,6 +5966,12 @@ REFUSALS, REFUSALS_SECONDS = 20, 60.0   # wrong credentials of an address, after
 CHALLENGE = 'Bearer realm="appointments"'                               # RFC 6750 section 3
 _BEARER = re.compile(r"bearer +([!-~]+)", re.IGNORECASE)               # RFC 9110 section 11.4, RFC 6750 2.1
 
+# RFC 7239 section 4, but for quoted pairs and separators in quotes, which no proxy writes and two readers may
+# read in two ways; and an address with its port
+_FORWARDED_PAIR = re.compile(r'([a-z]+)=("[^",;\\]*"|[^",;\s]+)')
+_FORWARDED = re.compile(fr"({_FORWARDED_PAIR.pattern}(\s*[;,]\s*|$))+", re.IGNORECASE)
+_NODE = re.compile(r"\[([0-9A-Fa-f:.]+)\](?::[0-9]+)?|([0-9.]+):[0-9]+")
+
 CLIENT_SCHEMA = {
     "type": "object",
     "required": ["name", "roles"],
@@ -6063,7 +6106,7 @@ class Client:
             raise ValueError(f": needs one of {', '.join(PROOFS)}, by which the client is known")
         self._needs = proofs if "require" in entry else frozenset()
         self._disabled = entry.get("disabled", False)
-        self._networks = _networks_of(entry.get("allow_from", ()), "/allow_from")
+        self._networks = networks_of(entry.get("allow_from", ()), "/allow_from")
         self._bucket = Bucket(entry["rate"], entry.get("burst")) if "rate" in entry else None
         self._admissions = {role: self._admission(role) for role in ROLES}
 
@@ -6099,6 +6142,17 @@ def _deny_role(role: str) -> None:
     _deny(f"This takes the role {role}", "insufficient_scope")
 
 
+def _say_unknown_tenant() -> None:
+    raise Refusal(404, "There is no such tenant")
+
+
+def _tenant_asked_for(head: Head, role: str) -> Optional[str]:
+    """The tenant that a read names, None for that of who reads. Raises Refusal."""
+    if role != "reader" or not head.query:
+        return None
+    return next((value for name, value in query_pairs(head.query) if name == "tenant"), None)
+
+
 def _deny(reason: str, error: str = "") -> None:
     """Raise the 403 of a client that is known. Made anew each time: a raised one keeps its traceback."""
     fields = {"WWW-Authenticate": f'{CHALLENGE}, error="{error}"'} if error else {}
@@ -6116,7 +6170,7 @@ def _all_of(steps: list) -> Optional[Check]:
     return check
 
 
-def _networks_of(texts: Iterable, place: str) -> list:
+def networks_of(texts: Iterable, place: str = "") -> list:
     """The IP networks in a list. Raises ValueError with the place of the one that is none."""
     networks = []
     for index, text in enumerate(texts):
@@ -6137,6 +6191,43 @@ def is_in(address: str, networks: Iterable) -> bool:
     return any(parsed in network for network in networks)
 
 
+def forwarded_address(head: Head, networks: Sequence) -> str:
+    """Whose request it is by what proxies in `networks` have noted: the last address in X-Forwarded-For, or in
+    Forwarded (RFC 7239), that is none of theirs; "" where nothing is noted. Raises Malformed, also where
+    both headers are there and do not say the same: each reader would believe another one."""
+    found = set()
+    for name, nodes_of in (("x-forwarded-for", _listed_nodes), ("forwarded", _forwarded_nodes)):
+        if name in head.fields:
+            found.add(_last_foreign(nodes_of(head.fields[name]), networks, name))
+    if len(found) > 1:
+        raise Malformed(400, "X-Forwarded-For and Forwarded do not say the same")
+    return found.pop() if found else ""
+
+
+def _listed_nodes(value: str) -> list:
+    return [node.strip() for node in value.split(",")]
+
+
+def _forwarded_nodes(value: str) -> list:
+    if not _FORWARDED.fullmatch(value):
+        raise Malformed(400, "The field Forwarded cannot be read")
+    elements = [dict(_FORWARDED_PAIR.findall(element.lower())) for element in value.split(",")]
+    return [element.get("for", "").strip('"') for element in elements]
+
+
+def _last_foreign(nodes: list, networks: Sequence, name: str) -> str:
+    address = ""
+    for node in reversed(nodes):
+        parts = _NODE.fullmatch(node)
+        try:
+            address = str(ipaddress.ip_address((parts[1] or parts[2]) if parts else node))
+        except ValueError:                              # what a proxy has hidden, or a sender made up
+            raise Malformed(400, f"The field {name} names no address") from None
+        if not is_in(address, networks):
+            break
+    return address
+
+
 class OpenAccess:
     """Without a clients file: everybody may do everything, each address at the rate given."""
 
@@ -6146,6 +6237,8 @@ class OpenAccess:
 
     def judge(self, head: Head, role: str) -> tuple:
         """As Access.judge()."""
+        if _tenant_asked_for(head, role) is not None:
+            _say_unknown_tenant()
         return self._everybody, self._limit, False
 
 
@@ -6164,8 +6257,9 @@ class Access:
 
     def __init__(self, clients: list, tokens: Optional[Tokens], store_of: Callable[[str], Any],
                  rate_limit: float) -> None:
-        """`store_of(tenant)` is a tenant's store; `rate_limit` requests a second for unknown addresses."""
-        self._tokens = tokens
+        """`store_of(tenant)` is a tenant's store, None where there is no such tenant; `rate_limit` requests a
+        second for unknown addresses."""
+        self._tokens, self._store_of = tokens, store_of
         self._nobody = Caller("", store_of(""))
         self._callers = {client: Caller(client.name, store_of(client.tenant)) for client in clients}
         self._limit = _limit_of(rate_limit)
@@ -6188,9 +6282,24 @@ class Access:
         evidence = self._evidence(head)
         for client in evidence.clients:
             if client.is_proven_by({"key_sha256"}):
-                return self._callers[client], client.admission(role), False
+                return *self._admitted(client, role, head), False
         check = functools.partial(self._check, head, evidence, role)
         return self._nobody, check, bool(evidence.signers)
+
+    def _admitted(self, client: Client, role: str, head: Head) -> tuple:
+        """(Caller, Check or None) of a client that is known."""
+        caller, check = self._callers[client], client.admission(role)
+        tenant = _tenant_asked_for(head, role)
+        if tenant is None:
+            return caller, check
+        store = self._store_of(tenant)
+        caller = caller._replace(store=store)
+        if client.tenant or "admin" not in client.roles:
+            # Whether there is such a tenant is nobody else's business
+            return caller, lambda request: _deny("Only an admin of the default tenant may name another")
+        if store is None:
+            return caller, lambda request: _say_unknown_tenant()
+        return caller, check
 
     def _evidence(self, head: Head) -> Evidence:
         bearer = _BEARER.fullmatch(head.get("authorization"))
@@ -6224,8 +6333,7 @@ class Access:
                 proofs.setdefault(self._by_certificate[name], set()).add("certificate")
         for client, kinds in proofs.items():
             if client.is_proven_by(kinds):
-                request.caller = self._callers[client]
-                admission = client.admission(role)
+                request.caller, admission = self._admitted(client, role, head)
                 if admission is not None:
                     admission(request)
                 return
@@ -6377,6 +6485,7 @@ PARAMETERS = {
     "until": Parameter(_instant, "appointments before this time"),
     "after": Parameter(_whole(0, 2 ** 63 - 1), "events with a higher id: where the last page ended"),
     "limit": Parameter(_whole(1), "how many events at most"),
+    "tenant": Parameter(str, "events of this tenant, for an admin of the default one"),
 }
 
 
@@ -6396,6 +6505,8 @@ class Request(Submission):
         self.ruling, self.body, self.connection, self.may_wait = ruling, body, connection, may_wait
         self.id, self.received_at = ids
         self.address, self.caller = connection.address, ruling.caller
+        if connection.is_proxy:
+            self.address = ruling.forwarded or self.address
         self.started = self.arrived = time.monotonic()
         self.event = self.digest = self.refusal = self.endpoint = None
         self.payload = ""
@@ -6473,13 +6584,13 @@ class Reading:
 
 class Endpoints:
     """The endpoints, and what every answer shares. An endpoint takes a Request and gives a Response, or None
-    when it has left an event in the request. `rules` may be exchanged at any time; `checks` are those of
-    /health."""
+    when it has left an event in the request. `rules` may be exchanged at any time; `checks_of(store)` are
+    those of /health for who uses that store."""
 
-    def __init__(self, config: Config, store: Store, log: Log, checks: dict) -> None:
+    def __init__(self, config: Config, log: Log, checks_of: Callable[[Any], dict]) -> None:
         self.rules: Rules = None
         self.warnings: list = []        # what /health tells beside its checks
-        self.store, self.log, self.checks = store, log, checks
+        self.log, self._checks_of = log, checks_of
         self.ids, self._date = RequestIds(), PerSecond(http_date)
         self._identical_is_fine = config.duplicates == "ok"
         # Held by the one thread that works on a large body or a read: each more would have everybody wait
@@ -6493,11 +6604,14 @@ class Endpoints:
         if request.endpoint is not None:
             return
         try:
+            reason = ruling.unclear
+            if reason and request.connection.is_proxy:
+                raise Malformed(400, reason)
             if ruling.check is not None:
                 ruling.check(request)
             request.endpoint = ruling.endpoint
-        except Refusal:
-            if ruling.otherwise is None:
+        except Refusal as refusal:
+            if ruling.otherwise is None or isinstance(refusal, Malformed):
                 raise
             request.endpoint = ruling.otherwise
 
@@ -6598,11 +6712,12 @@ class Endpoints:
 
     def ready(self, request: Request) -> Response:
         """GET /health/ready: whatever is needed to take events."""
-        return self._health({name: check for name, check in self.checks.items() if name in NEEDED})
+        checks = self._checks_of(request.caller.store)
+        return self._health({name: check for name, check in checks.items() if name in NEEDED})
 
     def health(self, request: Request) -> Response:
         """GET /health."""
-        return self._health(self.checks)
+        return self._health(self._checks_of(request.caller.store))
 
     def ready_status(self, request: Request) -> Response:
         """GET /health/ready for who may not see what is checked."""
@@ -6829,10 +6944,12 @@ class Ruling:
     A ruling follows from the bytes of the head and the Rules alone, since equal bytes from elsewhere get the
     same one. `check` is what has to be asked anew of each request, whose body it may need; `caller` is who
     sends it by the head alone; `otherwise` is the endpoint of who may not use `endpoint`. `ordinary`: a small
-    event on a connection that stays open, which the poller may take. `method` and `pattern` are what the log
-    says of the request: never what was sent.
+    event on a connection that stays open, which the poller may take. `forwarded` is whose request it is if a
+    trusted proxy sends it, or `unclear` why that cannot be read. `method` and `pattern` are what the log says
+    of the request: never what was sent.
     """
     route, arguments = UNMATCHED, ()
+    forwarded = unclear = ""
     endpoint: Optional[Callable] = None
     otherwise: Optional[Callable] = None
     caller = NOBODY
@@ -6850,13 +6967,15 @@ class Rules:
     """What an operator may change while we run: the contract, who may reach us. Exchanged as a whole."""
 
     def __init__(self, config: Config, contract: Contract, schema_text: bytes, redactor: Redactor,
-                 access: Union[OpenAccess, Access], endpoints: Endpoints, loopback: bool) -> None:
-        """`loopback`: only this machine can reach us."""
+                 access: Union[OpenAccess, Access], tls: Any, endpoints: Endpoints, loopback: bool) -> None:
+        """`tls` is what connections begin with, None for plain ones; `loopback`: only this machine can reach
+        us."""
         self.contract, self.schema_text, self.redactor = contract, schema_text, redactor
-        self.access = access
+        self.access, self.tls = access, tls
         self.limits = Limits(config.max_request_line, config.max_header_bytes, config.max_header_fields,
                              config.max_body)
         self._config, self._endpoints, self._loopback = config, endpoints, loopback
+        self._proxies = networks_of(config.trusted_proxy)
         self._kept: dict = {}
         self._met: set = set()          # hashes of heads that came once
         self._lock = threading.Lock()
@@ -6906,6 +7025,11 @@ class Rules:
     def _decide(self, ruling: Ruling) -> None:
         """Find what the head alone decides. Raises Refusal."""
         head = ruling.head
+        if self._proxies:
+            try:
+                ruling.forwarded = forwarded_address(head, self._proxies)
+            except Malformed as refusal:                # of anybody but a proxy these fields are ignored
+                ruling.unclear = refusal.message
         self._check_site(ruling)
         if head.method == "OPTIONS":
             ruling.route = OPTIONS
@@ -6923,7 +7047,7 @@ class Rules:
             raise Refusal(415, "The body must not be compressed", fields={"Accept-Encoding": "identity"})
         ruling.ordinary = (route.endpoint == "receive_event" and head.length is not None and
                            head.length <= ORDINARY_BODY and head.keep_alive and head.http11 and
-                           not ruling.answer_fields)
+                           not ruling.answer_fields and not ruling.unclear)
 
     def _check_site(self, ruling: Ruling) -> None:
         """Refuse pages of other sites (Origin, Fetch Metadata), and names that others point at us."""
@@ -6965,6 +7089,253 @@ def is_address(text: str) -> bool:
 
 
 NO_RULING = Ruling(Head())      # of a request whose head could not be read
+
+
+# =============================================================================
+# TLS: certificates, and a connection over TLS that is used as a plain one. Knows sockets, and nothing of HTTP.
+# =============================================================================
+
+RECORD = 16384          # bytes of plaintext in one record (RFC 8446 section 5.1)
+# what OpenSSL may have to say before the peer takes it, as to one that only asks for new keys
+MOST_UNSENT = 4 * RECORD
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)
+
+
+class PlainHTTP(Exception):
+    """The peer speaks HTTP to a port that takes HTTPS."""
+
+
+def load_tls(config: Config) -> Optional[ssl.SSLContext]:
+    """What connections over TLS begin with; None where none is asked for. Raises SetupError."""
+    for name in ("tls_key", "tls_client_ca"):
+        if getattr(config, name) and not config.tls_cert:
+            raise SetupError(f"{name}: goes with tls_cert")
+    if not config.tls_cert:
+        return None
+    if ssl is None:
+        raise SetupError("tls_cert: this Python has no ssl module, which HTTPS needs")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2    # RFC 9325 section 3.1.1
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.set_alpn_protocols(["http/1.1"])
+    _load_certificate(context, config)
+    if config.tls_client_ca:
+        _look_into("tls_client_ca", config.tls_client_ca, b"CERTIFICATE-----")
+        try:
+            context.load_verify_locations(config.tls_client_ca)
+        except ssl.SSLError as error:
+            raise SetupError(f"tls_client_ca {config.tls_client_ca}: {_reason_of_ssl(error)}") from None
+        context.verify_mode = ssl.CERT_OPTIONAL         # who shows none may be known by something else
+    return context
+
+
+def _load_certificate(context: ssl.SSLContext, config: Config) -> None:
+    def refuse_passphrase() -> str:
+        raise SetupError(f"tls_key {key}: it has a passphrase, and nobody to ask for it: "
+                         "openssl pkey -in KEY -out KEY.plain makes one without")
+
+    name = "tls_key" if config.tls_key else "tls_cert"
+    key = config.tls_key or config.tls_cert
+    _look_into("tls_cert", config.tls_cert, b"CERTIFICATE-----")
+    _look_into(name, key, b"PRIVATE KEY-----")
+    try:
+        context.load_cert_chain(config.tls_cert, key, refuse_passphrase)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise SetupError(f"{name} {key}: is not the key of the certificate in {config.tls_cert}") from None
+        raise SetupError(f"tls_cert {config.tls_cert}, key {key}: {_reason_of_ssl(error)}") from None
+
+
+def _look_into(name: str, path: str, mark: bytes) -> None:
+    """Raise SetupError unless the file holds what is asked for: OpenSSL's own words name neither."""
+    check_place(name, path)
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise SetupError(f"{name} {path}: {reason_of(error)}") from None
+    if mark not in data:
+        what = mark.decode().rstrip("-").lower()
+        raise SetupError(f"{name} {path}: there is no {what} in it, as PEM (-----BEGIN …)")
+
+
+def _reason_of_ssl(error: ssl.SSLError) -> str:
+    return (error.reason or "cannot be read").replace("_", " ").lower()
+
+
+class TLSSocket:
+    """A connection over TLS with the calls of a socket that we use, so that whoever serves plain ones serves
+    it, too: one thread reads, while another may send.
+
+    OpenSSL works on bytes in memory only, behind a lock that nobody holds who waits for the peer. The socket
+    beneath never blocks; who has to wait polls. What is encrypted has to leave in that order, so all of it
+    passes through `_unsent`.
+    """
+
+    def __init__(self, raw: socket.socket, context: ssl.SSLContext) -> None:
+        """`raw` stays whoever made it to close."""
+        raw.setblocking(False)
+        self._raw, self._timeout = raw, None
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._lock = threading.Lock()   # of _tls, _outgoing and _unsent
+        self._unsent = bytearray()      # what is encrypted
+        self._ahead = 0                 # bytes of what follows that are in _unsent already
+        self._early = b""               # what came right behind the handshake
+        self.fileno, self.setsockopt = raw.fileno, raw.setsockopt
+
+    def handshake(self) -> tuple:
+        """Agree on keys; the names in the client's certificate. Waits for the peer. Raises PlainHTTP, OSError."""
+        while True:
+            try:
+                with self._lock:
+                    self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                self._send_unsent()
+            except ssl.SSLError as error:
+                with contextlib.suppress(OSError):
+                    self._flush()                       # the alert, which tells the peer why
+                if error.reason == "HTTP_REQUEST":
+                    raise PlainHTTP from None
+                raise
+            self._wait(reading=True)
+            with contextlib.suppress(BlockingIOError):
+                self._take_in(2 * RECORD)
+        self._send_unsent()
+        self._early = self._decrypted() or b""
+        return _names_in(self._tls.getpeercert())
+
+    def settimeout(self, seconds: Optional[float]) -> None:
+        """How long recv() waits; None for ever."""
+        self._timeout = seconds
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As a socket's, but for some bytes more than `size`. With MSG_DONTWAIT it raises BlockingIOError, also
+        where what has come is no whole record."""
+        while not self._early:
+            try:
+                self._take_in(size)
+            except BlockingIOError:
+                if flags:
+                    raise
+                self._wait(reading=True)
+                continue
+            data = self._decrypted()
+            if data is not None:
+                return data
+        data, self._early = self._early, b""
+        return data
+
+    def send(self, data: bytes, flags: int = 0) -> int:
+        """As a socket's with MSG_DONTWAIT: how many bytes have left. Those behind them have to be sent next, as
+        some of them are encrypted already. Raises BlockingIOError."""
+        with self._lock:
+            if not self._flush():
+                raise BlockingIOError
+            at = self._ahead
+            self._ahead = 0
+            while at < len(data):
+                piece = data[at:at + RECORD]
+                self._tls.write(piece)
+                if not self._flush():
+                    self._ahead = len(piece)
+                    return at
+                at += len(piece)
+            return at
+
+    def sendall(self, data: bytes) -> None:
+        """As a socket's: waits for the peer."""
+        while len(data):
+            try:
+                data = data[self.send(data):]
+            except BlockingIOError:
+                pass
+            self._send_unsent()
+
+    def shutdown(self, how: int) -> None:
+        """As a socket's; the end of what we send is said in TLS, too (RFC 8446 section 6.1)."""
+        if how == socket.SHUT_WR:
+            self.say_end()
+        self._raw.shutdown(how)
+
+    def say_end(self) -> None:
+        """Tell the peer that nothing more is sent, if it takes it at once."""
+        with self._lock, contextlib.suppress(OSError):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self._tls.unwrap()
+            self._flush()
+
+    def _take_in(self, size: int) -> None:
+        """What has come, still encrypted. Raises BlockingIOError."""
+        data = self._raw.recv(size)
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _decrypted(self) -> Optional[bytes]:
+        """All of what was taken in, so that nothing stays here of which epoll would not tell; b"" at the end,
+        None where there is no whole record. Raises OSError for what is no TLS."""
+        pieces = []
+        with self._lock:
+            try:
+                while True:
+                    piece = self._tls.read(RECORD)
+                    if not piece:
+                        return b"".join(pieces)
+                    pieces.append(piece)
+                    if not self._incoming.pending and not self._tls.pending():
+                        break
+            except ssl.SSLWantReadError:
+                pass
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return b"".join(pieces)
+            if self._outgoing.pending and not self._flush() and len(self._unsent) > MOST_UNSENT:
+                raise ConnectionAbortedError("the peer takes nothing")
+        return b"".join(pieces) or None
+
+    def _flush(self) -> bool:
+        """Send what is encrypted; False where the peer does not take all of it now. For who has the lock."""
+        if self._outgoing.pending:
+            self._unsent += self._outgoing.read()
+        while self._unsent:
+            try:
+                sent = self._raw.send(self._unsent, NO_SIGNAL)
+            except BlockingIOError:
+                return False
+            del self._unsent[:sent]
+        return True
+
+    def _send_unsent(self) -> None:
+        """Wait until all that is encrypted has left."""
+        while True:
+            with self._lock:
+                if self._flush():
+                    return
+            self._wait(reading=False)
+
+    def _wait(self, reading: bool) -> None:
+        """Until the socket can be read, or written to. Raises TimeoutError."""
+        if hasattr(select, "poll"):
+            poll = select.poll()
+            poll.register(self._raw, select.POLLIN if reading else select.POLLOUT)
+            timeout = self._timeout
+            if not poll.poll(timeout if timeout is None else timeout * 1000):
+                raise TimeoutError
+        else:                                           # Windows
+            read, write = ([self._raw], []) if reading else ([], [self._raw])
+            if not any(select.select(read, write, [], self._timeout)):
+                raise TimeoutError
+
+
+def _names_in(certificate: Optional[dict]) -> tuple:
+    """DNS and URI names of a certificate as getpeercert() gives it, else its common name (RFC 9525 section
+    6.3 would look at the former only)."""
+    if not certificate:
+        return ()
+    names = tuple(value for kind, value in certificate.get("subjectAltName", ()) if kind in ("DNS", "URI"))
+    parts = itertools.chain.from_iterable(certificate.get("subject", ()))
+    return names or tuple(value for kind, value in parts if kind == "commonName")[:1]
 
 
 # =============================================================================
@@ -7036,11 +7407,11 @@ class Budget:
         self._by_address: dict = {}
         self._lock = threading.Lock()
 
-    def take(self, address: str, amount: int) -> bool:
-        """Use `amount` more, or False: it is too much."""
+    def take(self, address: str, amount: int, each: float = 0) -> bool:
+        """Use `amount` more, or False: it is too much. `each` goes before what is set for one address."""
         with self._lock:
             mine = self._by_address.get(address, 0) + amount
-            if self.used + amount > self._most or mine > self._each:
+            if self.used + amount > self._most or mine > (each or self._each):
                 return False
             self.used += amount
             self._by_address[address] = mine
@@ -7298,6 +7669,8 @@ class Inbox:
             buffer, end = self._more_head(buffer)
         ruling = self._endpoints.rules.ruling(buffer[:end])
         request.ruling, request.caller, head = ruling, ruling.caller, ruling.head
+        if self._connection.is_proxy:
+            request.address = self._connection.sender = ruling.forwarded or request.address
         if ruling.refusal is not None:
             self._buffer = buffer[end:]
             return
@@ -7334,10 +7707,15 @@ class Inbox:
             return self.recv()
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        poll.poll()
-        with self._endpoints.heavy, contextlib.suppress(OSError):
-            return self._socket.recv(PIECE, socket.MSG_DONTWAIT)
-        return b""
+        while True:
+            poll.poll()
+            try:
+                with self._endpoints.heavy:
+                    return self._socket.recv(PIECE, socket.MSG_DONTWAIT)
+            except BlockingIOError:                     # half a record of TLS
+                continue
+            except OSError:
+                return b""
 
     def recv_waiting(self, seconds: float) -> bytes:
         """What has come already or comes within `seconds`, b"" when that is nothing."""
@@ -7436,6 +7814,10 @@ class Connection(BaseHTTPRequestHandler):
         """Called once, before handle(). Raises OSError when the peer is gone already."""
         # For the life of the connection
         self.socket, self.address = self.request, self.client_address[0]
+        self.is_proxy = self.server.is_proxy(self.address)
+        tls = self.server.endpoints.rules.tls
+        if tls is not None:
+            self.socket = TLSSocket(self.request, tls)
         self.certificate_names: tuple = ()
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.endpoints: Endpoints = self.server.endpoints
@@ -7444,12 +7826,15 @@ class Connection(BaseHTTPRequestHandler):
         self.lingers = False            # whether it lets the peer finish sending before it closes
         self.timed_out = self.was_cut = False  # set by the clock, or by stop(), which then end our recv
         # For the request that is being read
+        self.sender = self.address      # for whom, which is another one where a proxy is the peer
         self.phase, self.since = Phase.CONNECTED, time.monotonic()
         self._held: dict = {}                           # Budget: how much it uses of it
         self.server.opened(self)
 
     def handle(self) -> None:
         """Requests until one side closes."""
+        if self.socket is not self.request:
+            self._shake_hands()
         while not self.close_connection:
             self.handle_one_request()
         if self.lingers and self.server.lingering.take(self.address, 1):
@@ -7458,10 +7843,26 @@ class Connection(BaseHTTPRequestHandler):
             finally:
                 self.server.lingering.give(self.address, 1)
 
+    def _shake_hands(self) -> None:
+        """Begin TLS."""
+        try:
+            self.certificate_names = self.socket.handshake()
+        except PlainHTTP:
+            self.socket = self.request
+            request = Request(NO_RULING, b"", self.endpoints.ids.next(), self)
+            refusal = Malformed(400, "This is HTTPS: use https://")
+            self._respond(request, self.endpoints.refused(request, refusal))
+        except OSError as error:
+            self.close_connection = True
+            reason = getattr(error, "reason", None) or reason_of(error)
+            self.server.tell("INFO", f"no TLS with {self.address}: {reason.replace('_', ' ').lower()}")
+
     def finish(self) -> None:
         """Called after handle(), before the socket's number is given to another: nobody sends any more."""
         try:
             self.outbox.settle()
+            if self.socket is not self.request:
+                self.socket.say_end()
         finally:
             self.server.closed(self)
 
@@ -7485,7 +7886,7 @@ class Connection(BaseHTTPRequestHandler):
         finally:
             while self._held:
                 budget, amount = self._held.popitem()
-                budget.give(self.address, amount)
+                budget.give(self.sender, amount)
 
     def _answer_to(self, request: Request, buffer: bytes) -> Optional[Response]:
         """As _serve, reading the request first; never raises."""
@@ -7525,7 +7926,7 @@ class Connection(BaseHTTPRequestHandler):
 
     def hold(self, budget: Budget, amount: int, message: str, close: bool = False) -> None:
         """Use `amount` of a budget, all in all, until the request is answered. Raises Busy."""
-        if not budget.take(self.address, amount - self._held.get(budget, 0)):
+        if not budget.take(self.sender, amount - self._held.get(budget, 0)):
             raise Busy(message, close)
         self._held[budget] = amount
 
@@ -7658,62 +8059,24 @@ class Server(ThreadingHTTPServer):
         self.reads, self.large = Budget(READS), Budget(max(LARGE_BYTES, 2 * config.max_body))
         self.lingering = Budget(LINGERING)
         self._places = Budget(config.max_connections, config.max_connections_per_address)
+        self._proxies = networks_of(config.trusted_proxy)
         self.poller: Optional[Poller] = None
         self._selector: Optional[selectors.BaseSelector] = None
         self._lock = threading.Lock()
         self._connections: set = set()
         self._refused: deque = deque()                  # (when to close it, socket)
-        self._told_full_at = 0.0
+        self._told_at: dict = {}                        # level: when something was told
         self._accepting = threading.Thread(target=self._accept, name="webhook-accept", daemon=True)
         super().__init__(("", 0), Connection, bind_and_activate=False)
         self.socket.close()                             # made by the base class, for one address
-        self.listeners = self._listen()
+        self.listeners = _listeners(config, self.request_queue_size)
         self._wake_receiver, self._wake_sender = socket.socketpair()
         host, self.port = self.listeners[0].getsockname()[:2]
         self.loopback = all(LOOPBACK.fullmatch(one.getsockname()[0]) for one in self.listeners)
         if len(self.listeners) > 1:
             host = config.host
-        self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
-
-    # -- listening
-
-    def _listen(self) -> list:
-        """A listener for each address of the host, all on one port: localhost is 127.0.0.1 and ::1."""
-        config, listeners, port = self.config, [], self.config.port
-        try:
-            found = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            for family, address in dict.fromkeys((one[0], one[4]) for one in found):
-                try:
-                    listeners.append(self._listener(family, (address[0], port) + address[2:]))
-                    port = port or listeners[0].getsockname()[1]
-                except OSError as error:
-                    # A name may have an address of a family that this machine does not speak
-                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or len(found) == 1:
-                        raise
-            if not listeners:
-                raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
-        except (OSError, UnicodeError) as error:
-            for listener in listeners:
-                listener.close()
-            reason = _why_not_listening(error)
-            raise SetupError(f"cannot listen on {config.host} port {config.port}: {reason}") from None
-        return listeners
-
-    def _listener(self, family: int, address: tuple) -> socket.socket:
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            if family == socket.AF_INET6:
-                # "::" takes IPv4 too; beside other listeners each takes its own family
-                with contextlib.suppress(OSError, AttributeError):
-                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-            if os.name == "posix":                      # on Windows it would let two servers share a port
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(self.request_queue_size)
-        except OSError:
-            listener.close()
-            raise
-        return listener
+        host = f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if config.tls_cert else 'http'}://{host}:{self.port}"
 
     def start(self) -> None:
         """Accept from now on, in threads of our own; expire() has to be called every REAP_SECONDS."""
@@ -7745,7 +8108,7 @@ class Server(ThreadingHTTPServer):
             connection, address = listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._tell_full(f"cannot accept connections: {advised_reason_of(error)}")
+                self.tell("WARNING", f"cannot accept connections: {advised_reason_of(error)}")
                 time.sleep(0.05)                        # the connection stays in the queue; do not spin on it
             return error.errno == errno.ECONNABORTED    # that one is gone, more may wait
         connection.setblocking(True)
@@ -7755,11 +8118,20 @@ class Server(ThreadingHTTPServer):
         self.process_request(connection, (host,) + address[1:])
         return True
 
+    def is_proxy(self, address: str) -> bool:
+        """Whether this peer says whose requests it sends."""
+        return bool(self._proxies) and is_in(address, self._proxies)
+
     def process_request(self, request: socket.socket, client_address: tuple) -> None:
-        """Start a thread for a connection, or refuse it when there are too many."""
+        """Start a thread for a connection, or refuse it: there are too many, or only proxies may connect."""
         address = client_address[0]
+        is_free, is_proxy = LOOPBACK.fullmatch(address) is not None, self.is_proxy(address)
+        if self._proxies and not (is_free or is_proxy or self.config.tls_cert):
+            self._refuse(request, address, 403, "Only trusted proxies may connect here")
+            return
         reason = "There are too many connections"
-        if self._places.take(address, 1):
+        # a proxy has the connections of all its senders
+        if self._places.take(address, 1, each=math.inf if is_proxy else 0):
             try:
                 self._start_thread(request, client_address)
                 return
@@ -7767,7 +8139,7 @@ class Server(ThreadingHTTPServer):
                 self._places.give(address, 1)
         elif self._places.used < self.config.max_connections:
             reason += " from your address"
-        self._refuse(request, address, reason)
+        self._refuse(request, address, 503, reason)
 
     def _start_thread(self, request: socket.socket, client_address: tuple) -> None:
         thread = threading.Thread(target=self.process_request_thread, args=(request, client_address),
@@ -7779,15 +8151,16 @@ class Server(ThreadingHTTPServer):
             finally:
                 threading.stack_size(before)
 
-    def _refuse(self, connection: socket.socket, address: str, reason: str) -> None:
+    def _refuse(self, connection: socket.socket, address: str, status: int, reason: str) -> None:
         endpoints, head, request_id = self.endpoints, NO_RULING.head, self.endpoints.ids.next()[0]
-        document = {"error": REASONS[503], "message": reason, "request_id": request_id}
-        response = json_response(document, 503, fields=RETRY_AFTER)
+        document = {"error": REASONS[status], "message": reason, "request_id": request_id}
+        response = json_response(document, status, fields=RETRY_AFTER if status == 503 else {})
         with contextlib.suppress(OSError):
             connection.setblocking(False)
-            connection.send(encode(response, head, request_id, endpoints.date(), {}, True))
+            if not self.config.tls_cert:
+                connection.send(encode(response, head, request_id, endpoints.date(), {}, True))
             connection.shutdown(socket.SHUT_WR)
-        self._tell_full(f"{reason}: refused one from {address} ({self._places.used} are open)")
+        self.tell("WARNING", f"{reason}: refused one from {address} ({self._places.used} are open)")
         self._refused.append((time.monotonic() + 1, connection))
         self._close_refused(0.0)
 
@@ -7797,10 +8170,11 @@ class Server(ThreadingHTTPServer):
             while self._refused and (self._refused[0][0] < before or len(self._refused) > REFUSED_KEPT):
                 self._refused.popleft()[1].close()
 
-    def _tell_full(self, message: str) -> None:
-        if time.monotonic() - self._told_full_at > 1:   # once a second: an attack must not fill the log
-            self._told_full_at = time.monotonic()
-            self.endpoints.log.line("WARNING", message)
+    def tell(self, level: str, message: str) -> None:
+        """Log what befell a connection: once a second, as an attack must not fill the log."""
+        if time.monotonic() - self._told_at.get(level, -1.0) > 1:
+            self._told_at[level] = time.monotonic()
+            self.endpoints.log.line(level, message)
 
     def process_request_thread(self, request: socket.socket, client_address: tuple) -> None:
         """A connection from setup to close, on its own thread."""
@@ -7888,6 +8262,46 @@ class Server(ThreadingHTTPServer):
             listener.close()
         self._wake_sender.close()
         self._wake_receiver.close()
+
+
+def _listeners(config: Config, backlog: int) -> list:
+    """A listener for each address of the host, all on one port: localhost is 127.0.0.1 and ::1."""
+    listeners, port = [], config.port
+    try:
+        found = socket.getaddrinfo(config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((one[0], one[4]) for one in found):
+            try:
+                listeners.append(_listener(family, (address[0], port) + address[2:], backlog))
+                port = port or listeners[0].getsockname()[1]
+            except OSError as error:
+                # A name may have an address of a family that this machine does not speak
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or len(found) == 1:
+                    raise
+        if not listeners:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+    except (OSError, UnicodeError) as error:
+        for listener in listeners:
+            listener.close()
+        reason = _why_not_listening(error)
+        raise SetupError(f"cannot listen on {config.host} port {config.port}: {reason}") from None
+    return listeners
+
+
+def _listener(family: int, address: tuple, backlog: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_INET6:
+            # "::" takes IPv4 too; beside other listeners each takes its own family
+            with contextlib.suppress(OSError, AttributeError):
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+        if os.name == "posix":                      # on Windows it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(backlog)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _why_not_listening(error: Exception) -> str:
@@ -8112,18 +8526,89 @@ def _disk_found(disk: Checkup, wait: float) -> dict:
     return found or check_of("")
 
 
+class Stores:
+    """The stores of all tenants, by name; "" is the default one. Each has a database and a writer of its own,
+    so that no lock, no failure and no id of one shows in another. Once open they stay so until stop()."""
+    TENANT_CACHE_KIB = 8192             # of pages: fifty tenants may have as many databases
+
+    def __init__(self, config: Config, make: Callable[[SQLite, str], Store]) -> None:
+        """`make(engine, tenant)` gives a Store that has not been opened."""
+        self._database, self._make = config.database, make
+        self.default = make(SQLite(config.database), "")
+        self._open: dict = {}           # tenant: Store
+
+    def open(self, tenants: Iterable) -> list:
+        """Open and start those that are not. Returns what opening had to tell, line by line. Raises
+        SetupError; then none of them was opened."""
+        opened, notes = {}, []
+        try:
+            for tenant in tenants:
+                if tenant not in self._open and tenant not in opened:
+                    store = self.default
+                    if tenant:
+                        engine = SQLite(database_of(self._database, tenant), self.TENANT_CACHE_KIB)
+                        store = self._make(engine, tenant)
+                    store.open()
+                    opened[tenant] = store
+                    store.start()
+                    notes += store.engine.notes
+        except BaseException:
+            for store in opened.values():
+                store.stop()
+            raise
+        self._open = {**self._open, **opened}
+        return notes
+
+    def of(self, tenant: str) -> Optional[Store]:
+        """The store of a tenant; None where none is open."""
+        return self._open.get(tenant)
+
+    def checks_for(self, store: Store) -> dict:
+        """The checks of /health of the databases that may be seen by who uses `store`."""
+        checks = {"database": functools.partial(_check_of_store, store)}
+        if store is self.default:
+            checks.update((f"database of {tenant}", functools.partial(_check_of_store, other))
+                          for tenant, other in self._open.items() if tenant)
+        return checks
+
+    def stop(self) -> None:
+        """Commit what was submitted, and close them all."""
+        for store in {self.default, *self._open.values()}:
+            store.stop()
+
+
+def database_of(path: str, tenant: str) -> str:
+    """The file of a tenant, beside that of the default one: appointments.north.db beside appointments.db."""
+    stem, suffix = os.path.splitext(path)
+    return f"{stem}.{tenant}{suffix}"
+
+
+def _check_of_store(store: Store, wait: float) -> dict:
+    return {**check_of(store.health(wait)), "breaker": store.breaker_state}
+
+
 class FilesRead(NamedTuple):
     """What the files say that an operator may change while the service runs; no `clients` in open mode."""
     contract: Contract
     schema_text: bytes
     clients: Optional[ClientsFile]
+    tls: Any
     warnings: list
+
+    @property
+    def tenants(self) -> list:
+        """The tenants that the clients belong to, the default one first."""
+        clients = self.clients.clients if self.clients is not None else []
+        return ["", *sorted({client.tenant for client in clients} - {""})]
 
     def summary(self) -> str:
         """In a few words, for the log."""
-        if self.clients is None:
-            return "schema"
-        return f"schema and {len(self.clients.clients)} clients"
+        parts = ["schema"]
+        if self.clients is not None:
+            parts.append(f"{len(self.clients.clients)} clients")
+        if self.tls is not None:
+            parts.append("certificate")
+        return ", ".join(parts)
 
 
 def read_files(config: Config) -> FilesRead:
@@ -8131,9 +8616,9 @@ def read_files(config: Config) -> FilesRead:
     contract, schema_text, warnings = read_schema(config.schema)
     clients = None
     if config.clients:
-        clients = read_clients(config.clients, bool(getattr(config, "tls_client_ca", "")))
+        clients = read_clients(config.clients, bool(config.tls_client_ca))
         warnings += warn_if_others_can_read("clients", config.clients)
-    return FilesRead(contract, schema_text, clients, warnings)
+    return FilesRead(contract, schema_text, clients, load_tls(config), warnings)
 
 
 def warn_if_others_can_read(name: str, path: PathText) -> list:
@@ -8146,7 +8631,7 @@ def warn_if_others_can_read(name: str, path: PathText) -> list:
 def warnings_of_open_door(config: Config, loopback: bool) -> list:
     """What to warn of where other machines can connect. Raises SetupError where nothing says who of them may
     do what, and that was not asked for."""
-    if loopback or config.clients and (getattr(config, "tls_cert", "") or getattr(config, "trusted_proxy", ())):
+    if loopback or config.clients and (config.tls_cert or config.trusted_proxy):
         return []
     if config.insecure:
         return ["Other machines can connect, and what they send is not kept from others, or nobody is asked who "
@@ -8185,9 +8670,10 @@ class WebhookServer:
         if on_event is not None:
             self._callbacks = Callbacks(on_event, self.log)
             on_stored = self._callbacks.put
-        self.store = Store(SQLite(config.database), config.busy_timeout, on_stored, self._tell_trouble,
-                           self._tell_bug)
-        self._endpoints = Endpoints(config, self.store, self.log, self._checks())
+        self._stores = Stores(config, lambda engine, tenant: Store(
+            engine, config.busy_timeout, on_stored, functools.partial(self._tell_trouble, tenant), self._tell_bug))
+        self._checks = self._own_checks()
+        self._endpoints = Endpoints(config, self.log, self._checks_of)
         self._clock = Clock(self._tell_bug)
         self._server: Optional[Server] = None
         self._lock = threading.RLock()              # a signal handler may call stop() in the midst of stop()
@@ -8204,6 +8690,11 @@ class WebhookServer:
     def port(self) -> int:
         """The port that it has, also where 0 was asked for. Known once it has started."""
         return self._bound().port
+
+    @property
+    def store(self) -> Store:
+        """That of the default tenant."""
+        return self._stores.default
 
     def _bound(self) -> Server:
         if self._server is None:
@@ -8232,18 +8723,17 @@ class WebhookServer:
         server = Server(self.config, self._endpoints)
         running.callback(server.server_close)
         self._endpoints.warnings = warnings_of_open_door(self.config, server.loopback)
-        self._endpoints.rules = self._make_rules(self._files, server.loopback)
         running.callback(self._say_stopped)
         if self._callbacks is not None:
             running.callback(self._callbacks.stop, self.config.shutdown_timeout, self._tell_wait)
-        running.callback(self.store.stop)
-        self.store.open()
+        running.callback(self._stores.stop)
+        notes = self._stores.open(self._files.tenants)
+        self._endpoints.rules = self._make_rules(self._files, server.loopback)
         self.log.start()
-        for warning in self.warnings + self._endpoints.warnings + self.store.engine.notes:
+        for warning in self.warnings + self._endpoints.warnings + notes:
             self.log.line("WARNING", warning)
         if self._callbacks is not None:
             self._callbacks.start()
-        self.store.start()
         self._clock.every(REAP_SECONDS, "reaper", server.expire)
         self._clock.start()
         running.callback(self._clock.stop)
@@ -8256,32 +8746,37 @@ class WebhookServer:
     def _make_rules(self, files: FilesRead, loopback: bool) -> Rules:
         access: Any = OpenAccess(self.store, self.config.rate_limit)
         if files.clients is not None:
-            access = Access(files.clients.clients, None, lambda tenant: self.store, self.config.rate_limit)
+            access = Access(files.clients.clients, None, self._stores.of, self.config.rate_limit)
         redactor = Redactor(self.config.log_payloads, files.contract.personal_fields)
-        return Rules(self.config, files.contract, files.schema_text, redactor, access, self._endpoints, loopback)
+        return Rules(self.config, files.contract, files.schema_text, redactor, access, files.tls,
+                     self._endpoints, loopback)
 
     def reload(self) -> bool:
-        """Read schema and clients file anew, all or none, and go on in a new log file where the old one was
+        """Read schema, clients file and certificates anew, all or none, and go on in a new log file where the old one was
         moved away. Whether they could be taken: what is wrong is an ERROR in the log, and the old ones go
         on."""
         self.log.reopen()
         server = self._bound()
         try:
             files = read_files(self.config)
+            notes = self._stores.open(files.tenants)
         except SetupError as error:
             self.log.line("ERROR", f"Nothing was reloaded, the settings of before go on: {error}")
             return False
-        for warning in files.warnings:
+        for warning in files.warnings + notes:
             self.log.line("WARNING", warning)
         self._endpoints.rules = self._make_rules(files, server.loopback)
         self.log.line("INFO", f"Reloaded: {files.summary()}")
         return True
 
-    def _checks(self) -> dict:
-        """The checks of /health: each takes the seconds that it may wait."""
+    def _checks_of(self, store: Store) -> dict:
+        """The checks of /health for who uses `store`."""
+        return {**self._stores.checks_for(store), **self._checks}
+
+    def _own_checks(self) -> dict:
+        """Those that are the same for all: each takes the seconds that it may wait."""
         disk = Checkup("disk", lambda: check_disk(self.config.database))
-        checks = {"database": lambda wait: check_of(self.store.health(wait)),
-                  "disk": lambda wait: _disk_found(disk, wait),
+        checks = {"disk": lambda wait: _disk_found(disk, wait),
                   "log": lambda wait: check_of(self.log.trouble()),
                   "service": lambda wait: check_of(self._stopping())}
         if self._callbacks is not None:
@@ -8337,12 +8832,13 @@ class WebhookServer:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def _tell_trouble(self, trouble: str) -> None:
+    def _tell_trouble(self, tenant: str, trouble: str) -> None:
+        whose = f"Events of {tenant}" if tenant else "Events"
         if trouble:
-            self.log.line("ERROR", "Events cannot be stored and are answered 503, so that senders try again: "
+            self.log.line("ERROR", f"{whose} cannot be stored and are answered 503, so that senders try again: "
                                    f"{trouble}")
         else:
-            self.log.line("INFO", "Events are stored again")
+            self.log.line("INFO", f"{whose} are stored again")
 
 
 def _sink_of(config: Config, logger: Any) -> Any:
