@@ -7162,7 +7162,7 @@ class Access:
                 problems.append(problem)
             else:
                 proofs.setdefault(client, set()).add("signature")
-        if problems:                            # of profiles that share a header the one that can read it tells
+        if problems:                            # where profiles share a header, who can read it tells
             return min(problems, key=UNREADABLE.__eq__)
         return "credentials that nobody has" if evidence.is_guess else "no credentials"
 
