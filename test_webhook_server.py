@@ -8230,6 +8230,113 @@ class SignedEventTest(ClientsServerTest):
             self.assertLessEqual(len(rules.access._strikes._kept), 1)
 
 
+class TokenAccessTest(OauthTest, ClientsServerTest):
+    """Who is known by a token, through a running server."""
+    NOW = int(time.time())
+
+    def start_oauth(self, *entries, **oauth):
+        if not {"jwks_url", "introspection_url"} & set(oauth):
+            (self.folder / "jwks.json").write_text(json.dumps({"keys": [self.jwk(kind) for kind in KEY_PAIRS]}))
+            oauth["jwks_file"] = "jwks.json"
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": list(entries), "oauth": {**self.SETTINGS, **oauth}}))
+        path.chmod(0o600)
+        return self.start(clients=str(path))
+
+    def bearer(self, **claims):
+        return {"Authorization": "Bearer " + self.token(**claims)}
+
+    def test_the_scopes_of_a_token_are_its_roles_in_the_default_tenant(self):
+        server = self.start_oauth({"name": "north", "roles": ["sender"], "tenant": "north", "key_sha256": ["a" * 64]})
+        for scope, expected in (("appointments:write", [200, 403]), ("appointments:read", [403, 200]),
+                                ("appointments:write appointments:read x", [409, 200]), ("x", [403, 403]), ("", [403, 403])):
+            with self.subTest(scope):
+                headers = self.bearer(scope=scope, client_id="robot\r\nx y=z")
+                self.assertEqual([self.post(server, **headers).status, self.call(server, **headers).status], expected)
+        self.assertEqual(rows(self.database, "SELECT client FROM appointment_events"), "oauth:robot__x_y_z")
+        answer = self.call(server, **self.bearer(scope="x"))
+        self.assertEqual(answer.headers["www-authenticate"], 'Bearer realm="appointments", error="insufficient_scope"')
+
+    def test_a_token_that_names_a_client_gets_its_tenant_roles_and_rate(self):
+        server = self.start_oauth(
+            {"name": "north", "tenant": "north", "roles": ["sender"], "oauth": {"client_id": "robot"}, "rate": 0.001,
+             "burst": 2},
+            {"name": "desk", "roles": ["reader"], "oauth": {"subject": "anna"}})
+        robot = self.bearer(client_id="robot", sub="anna", scope="appointments:read")
+        self.assertEqual([self.post(server, event(appointment_id=str(n)), **robot).status for n in range(3)], [200, 200, 429])
+        self.assertEqual(self.call(server, **self.bearer(sub="anna")).json["events"], [])
+        self.assertEqual(self.post(server, **self.bearer(sub="anna", scope="appointments:write")).status, 403)
+        self.assertEqual(rows(self.database.with_name("events.north.db"), "SELECT DISTINCT client FROM appointment_events"),
+                         "north")
+
+    def test_a_token_that_proves_nobody_is_a_401_whose_reason_only_the_log_hears(self):
+        server = self.start_oauth()
+        good = self.token(scope="appointments:write")
+        for token in (self.token(exp=self.NOW - 100), self.token(aud="other"), self.token(iss="https://evil.example"),
+                      good[:-4] + "AAAA", good + "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30.", "whk_" + "x" * 43):
+            with self.subTest(token):
+                answer = self.post(server, Authorization="Bearer " + token)
+                self.assertEqual((answer.status, answer.json["message"]), (401, "Who sends this is not known here"))
+                self.assertEqual(answer.headers["www-authenticate"], 'Bearer realm="appointments", error="invalid_token"')
+        self.assertEqual(self.post(server, Authorization="Bearer " + good).status, 200)
+        log = self.log_text(server)
+        self.assertIn("401 the token ", log)
+        for part in good.split("."):
+            self.assertNotIn(part, log)
+
+    def test_a_token_is_for_the_poller_too_and_each_request_on_a_connection_is_judged(self):
+        server = self.start_oauth()
+        data = [post_bytes(event(appointment_id=str(number)), "Authorization: Bearer " + token) for number, token in
+                enumerate((self.token(scope="appointments:write"), self.token(scope="x"), "a.b.c") * 5)]
+        connection = self.connect(server)
+        for number, request in enumerate(data):
+            connection.sendall(request)
+            self.assertEqual(self.read_answer(connection).status, (200, 403, 401)[number % 3])
+
+    def test_one_that_ends_is_refused_from_then_on_with_the_same_bytes(self):
+        server = self.start_oauth(leeway=0)
+        headers = self.bearer(scope="appointments:write", exp=int(time.time()) + 2)
+        self.assertEqual(self.post(server, **headers).status, 200)
+        until(lambda: self.post(server, **headers).status == 401, "the end of the token")
+
+    def test_while_the_issuer_is_not_there_tokens_get_503_and_keys_still_pass(self):
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]})
+        at_once = issuer.answer
+        issuer.answer = lambda handler: issuer.send(handler, 500, b"{}")
+        with mock.patch.object(receiver, "JWKS_RETRY_SECONDS", 0.01):
+            server = self.start_oauth(key_entry("admin"), jwks_url=issuer.url)
+            answer = self.post(server, **self.bearer(scope="appointments:write"))
+            self.assertEqual((answer.status, "retry-after" in answer.headers), (503, True))
+            self.assertEqual(self.post(server, X_API_Key=KEYS["admin"]).status, 200)
+            check = self.call(server, path="/health", X_API_Key=KEYS["admin"]).json["checks"]["oauth"]
+            self.assertEqual((check["status"], check["breaker"] in ("closed", "open", "half-open")), ("failing", True))
+            self.assertEqual(self.call(server, path="/health/ready").status, 200)
+            issuer.answer = at_once
+            until(lambda: self.post(server, **self.bearer(scope="appointments:write")).status == 409, "the keys")
+
+    def test_a_reload_goes_on_with_the_keys_that_were_fetched(self):
+        issuer = Issuer(self, {"keys": [self.jwk("Ed25519")]})
+        server = self.start_oauth(jwks_url=issuer.url)
+        self.assertEqual(self.post(server, **self.bearer(scope="appointments:write")).status, 200)
+        issuer.answer = lambda handler: issuer.send(handler, 500, b"{}")
+        self.assertTrue(server.reload())
+        self.assertEqual(self.post(server, **self.bearer(scope="appointments:write")).status, 409)
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": [], "oauth": {**self.SETTINGS, "jwks_file": "none.json"}}))
+        self.assertFalse(server.reload())
+        self.assertEqual(self.post(server, **self.bearer(scope="appointments:write")).status, 409)
+
+    def test_introspection_asks_once_and_never_of_our_keys(self):
+        (self.folder / "secret").write_text("s3cret")
+        issuer = Issuer(self, {"active": True, "client_id": "robot", "scope": "appointments:write"})
+        server = self.start_oauth(introspection_url=issuer.url, client_id="us", client_secret_file="secret")
+        for _ in range(3):
+            self.assertIn(self.post(server, Authorization="Bearer opaque").status, (200, 409))
+        self.assertEqual(self.post(server, Authorization="Bearer " + KEYS["none"]).status, 401)
+        self.assertEqual(len(issuer.requests), 1)
+        self.assertIn("client_secret_file", self.log_text(server))       # others can read it
+
+
 class TenantTest(HTTPTest):
     """One receiver, and nothing of one tenant is seen by another."""
 

@@ -7175,7 +7175,8 @@ class Access:
 
     def _admit_by_scopes(self, verified: Verified, role: str, request: Any) -> None:
         """A token that names no client: its scopes are its roles, in the default tenant."""
-        name = printable(verified.client_id or verified.subject or "", 100)
+        # in a line of the log it must not look like further fields
+        name = re.sub(r"[^\w.@:/+-]", "_", (verified.client_id or verified.subject)[:100], flags=re.ASCII)
         request.caller = self._nobody._replace(name="oauth:" + name)
         roles = {self._tokens.scopes.get(scope) for scope in verified.scopes}
         if not roles & {role, "admin"}:
@@ -9401,6 +9402,7 @@ class FilesRead(NamedTuple):
     contract: Contract
     schema_text: bytes
     clients: Optional[ClientsFile]
+    tokens: Optional[Tokens]
     tls: Any
     warnings: list
 
@@ -9409,6 +9411,25 @@ class FilesRead(NamedTuple):
         """The tenants that the clients belong to, the default one first."""
         clients = self.clients.clients if self.clients is not None else []
         return ["", *sorted({client.tenant for client in clients} - {""})]
+
+    def begin(self, before: Optional[FilesRead] = None) -> None:
+        """Have what runs by these files run; it goes on with what was found by those of `before`."""
+        if self.tokens is not None:
+            if before is not None and before.tokens is not None:
+                self.tokens.adopt(before.tokens)
+            self.tokens.start()
+
+    def end(self) -> None:
+        """End what begin() has begun."""
+        if self.tokens is not None:
+            self.tokens.stop()
+
+    def checks(self) -> dict:
+        """The checks of /health that follow from these files."""
+        tokens = self.tokens
+        if tokens is None or not tokens.breaker:
+            return {}
+        return {"oauth": lambda wait: {**check_of(tokens.trouble), "breaker": tokens.breaker}}
 
     def summary(self) -> str:
         """In a few words, for the log."""
@@ -9420,14 +9441,21 @@ class FilesRead(NamedTuple):
         return ", ".join(parts)
 
 
-def read_files(config: Config) -> FilesRead:
-    """All of them, or none. Raises SetupError that names file, place and reason."""
+def read_files(config: Config, tell: Callable[[str, str], Any], on_error: Callable[[str], Any]) -> FilesRead:
+    """All of them, or none. Raises SetupError that names file, place and reason. What runs by them later tells
+    tell(level, text) and on_error(name) of its troubles."""
     contract, schema_text, warnings = read_schema(config.schema)
-    clients = None
+    clients = tokens = None
     if config.clients:
         clients = read_clients(config.clients, bool(config.tls_client_ca))
         warnings += warn_if_others_can_read("clients", config.clients)
-    return FilesRead(contract, schema_text, clients, load_tls(config), warnings)
+        if clients.oauth is not None:
+            folder = os.path.dirname(os.path.abspath(config.clients))
+            tokens = Tokens(clients.oauth, folder, None, tell, on_error=on_error)
+            if "client_secret_file" in clients.oauth:
+                path = os.path.join(folder, clients.oauth["client_secret_file"])
+                warnings += warn_if_others_can_read("clients: /oauth/client_secret_file", path)
+    return FilesRead(contract, schema_text, clients, tokens, load_tls(config), warnings)
 
 
 def warn_if_others_can_read(name: str, path: PathText) -> list:
@@ -9471,7 +9499,7 @@ class WebhookServer:
         config.check_files()
         # The readers open the file later: by then the program around us may be in another folder
         self.config = config = dataclasses.replace(config, database=os.path.abspath(config.database))
-        self._files = read_files(config)
+        self._files = self._read_files()
         self.warnings = self._files.warnings        # the log gets them at start
         self.log = Log(_sink_of(config, logger), config.log_level, config.log_payloads)
         self._callbacks: Optional[Callbacks] = None
@@ -9539,6 +9567,8 @@ class WebhookServer:
         notes = self._stores.open(self._files.tenants)
         self._endpoints.rules = self._make_rules(self._files, server.loopback)
         self.log.start()
+        running.callback(lambda: self._files.end())
+        self._files.begin()
         for warning in self.warnings + self._endpoints.warnings + notes:
             self.log.line("WARNING", warning)
         if self._callbacks is not None:
@@ -9552,10 +9582,13 @@ class WebhookServer:
         self.log.line("INFO", f"Service started on {server.url}, database {self.config.database} "
                               f"({self._contents()})")
 
+    def _read_files(self) -> FilesRead:
+        return read_files(self.config, lambda level, text: self.log.line(level, text), self._tell_bug)
+
     def _make_rules(self, files: FilesRead, loopback: bool) -> Rules:
         access: Any = OpenAccess(self.store, self.config.rate_limit)
         if files.clients is not None:
-            access = Access(files.clients.clients, None, self._stores.of, self.config.rate_limit)
+            access = Access(files.clients.clients, files.tokens, self._stores.of, self.config.rate_limit)
         redactor = Redactor(self.config.log_payloads, files.contract.personal_fields)
         return Rules(self.config, files.contract, files.schema_text, redactor, access, files.tls,
                      self._endpoints, loopback)
@@ -9567,20 +9600,23 @@ class WebhookServer:
         self.log.reopen()
         server = self._bound()
         try:
-            files = read_files(self.config)
+            files = self._read_files()
             notes = self._stores.open(files.tenants)
         except SetupError as error:
             self.log.line("ERROR", f"Nothing was reloaded, the settings of before go on: {error}")
             return False
         for warning in files.warnings + notes:
             self.log.line("WARNING", warning)
+        files.begin(self._files)
         self._endpoints.rules = self._make_rules(files, server.loopback)
+        self._files, before = files, self._files
+        before.end()
         self.log.line("INFO", f"Reloaded: {files.summary()}")
         return True
 
     def _checks_of(self, store: Store) -> dict:
         """The checks of /health for who uses `store`."""
-        return {**self._stores.checks_for(store), **self._checks}
+        return {**self._stores.checks_for(store), **self._checks, **self._files.checks()}
 
     def _own_checks(self) -> dict:
         """Those that are the same for all: each takes the seconds that it may wait."""
