@@ -2540,9 +2540,9 @@ class SQLiteTest(EngineTest):
         engine = self.engine()
         names = [name for name, in rows(self.database, "SELECT name FROM pragma_table_info('appointment_events')")]
         self.assertEqual(names, ["id", "event_type", "appointment_id", "patient_id", "timestamp", "notes", "received_at",
-                                 "client", "payload"])
+                                 "client", "payload", "patient_hmac"])
         self.assertEqual(rows(self.database, "PRAGMA journal_mode"), "wal")
-        self.assertEqual(rows(self.database, "PRAGMA user_version"), 2)
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), SQLite.DATA_VERSION)
         self.assertEqual(engine.writer.execute("PRAGMA synchronous").fetchone()[0], 2)
         self.assertEqual(engine.writer.execute("PRAGMA journal_size_limit").fetchone()[0], SQLite.WAL_BYTES)
         if POSIX:
@@ -2825,7 +2825,7 @@ class SQLiteTest(EngineTest):
     def test_what_is_not_utf_8_is_read_and_never_quoted_in_an_error(self):
         engine = self.engine()
         write_rows(self.database, "INSERT INTO appointment_events VALUES (1, 'scheduled', 'APT-1', 'PAT-1', "
-                   "'2025-01-10T14:00:00Z', CAST(x'4a6f686eff' AS TEXT), '2025-01-10T14:00:00Z', NULL, '{}')")
+                   "'2025-01-10T14:00:00Z', CAST(x'4a6f686eff' AS TEXT), '2025-01-10T14:00:00Z', NULL, '{}', NULL)")
         self.assertEqual(read(engine, Filter(), 0, 10)[0].notes, "John\ufffd")
         self.assertEqual(write(engine, [stored_event(1, timestamp="2025-01-10T14:00:00Z")])[0].kind,
                          "duplicate")
@@ -2909,7 +2909,7 @@ class SQLiteTest(EngineTest):
             self.database.write_bytes(self.database.read_bytes()[:10000])
 
         def newer():
-            write_rows(self.database, "PRAGMA user_version = 3")
+            write_rows(self.database, f"PRAGMA user_version = {SQLite.DATA_VERSION + 1}")
 
         def newer_in_wal_mode():
             write_rows(self.database, "PRAGMA journal_mode = WAL")
@@ -4481,7 +4481,7 @@ class MigrationTest(EngineTest):
                                      "2025-01-10T14:23:15.123456Z", None))
         self.assertEqual(json.loads(first.payload)["notes"], "a note")
         self.assertEqual((second.id, second.timestamp, second.notes), (7, "2025-01-10T14:00:00Z", None))
-        self.assertEqual(rows(self.database, "PRAGMA user_version"), 2)
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), SQLite.DATA_VERSION)
         retry, new = write(engine, [stored_event(7, timestamp="2025-01-10T14:00:00Z"), stored_event(8)])
         self.assertEqual((retry.kind, retry.event_id, retry.identical, new.kind), ("duplicate", 7, True, "stored"))
         self.assertGreater(new.event_id, 7)
@@ -4646,7 +4646,7 @@ class MigrationTest(EngineTest):
     def test_a_file_of_version_1_gets_digests(self):
         self.version_1()
         engine = self.engine()
-        self.assertEqual(rows(self.database, "PRAGMA user_version"), 2)
+        self.assertEqual(rows(self.database, "PRAGMA user_version"), SQLite.DATA_VERSION)
         kept = rows(self.database, "SELECT payload, digest FROM conflicting_events ORDER BY id")
         self.assertEqual([digest for _, digest in kept], [receiver.content_digest(payload) for payload, _ in kept])
         self.assertEqual(rows(self.database, "SELECT name FROM sqlite_master WHERE name LIKE 'idx_conf%'"),
@@ -4657,6 +4657,26 @@ class MigrationTest(EngineTest):
         # A program of version 1 that still runs has its health check write its number
         write_rows(self.database, "PRAGMA user_version = 1")
         self.assertEqual(self.engine().count(), 1)
+
+    def test_a_file_of_version_2_gets_the_tables_of_the_ledger_and_keeps_its_rows(self):
+        engine = self.engine()
+        write(engine, [stored_event(1)])
+        engine.close()
+        table = re.sub(r",( +-- the JSON[^\n]*)\n +patient_hmac.*", r"\1)", receiver.EVENTS_TABLE, flags=re.DOTALL)
+        write_rows(self.database, "ALTER TABLE appointment_events RENAME TO newer", table.format(name="appointment_events")
+                   .replace("is lost)", "is lost\n)"),
+                   f"INSERT INTO appointment_events SELECT id, {', '.join(receiver.COLUMNS)} FROM newer", "DROP TABLE newer",
+                   receiver.EVENTS_INDEX, "DROP TABLE access_log", "DROP TABLE seals", "DROP TABLE database_keys",
+                   "PRAGMA user_version = 2")
+        for _ in range(2):
+            engine = self.engine()
+            self.assertEqual(rows(self.database, "PRAGMA user_version"), 3)
+            self.assertEqual(rows(self.database, "SELECT patient_hmac FROM appointment_events"), None)
+            self.assertEqual(len(rows(self.database, "SELECT value FROM database_keys")), 32)
+            self.assertEqual(rows(self.database, "SELECT count(*) FROM access_log"), 0)
+            self.assertEqual(write(engine, [stored_event(1)])[0].kind, "duplicate")
+            engine.close()
+            write_rows(self.database, "PRAGMA user_version = 2")       # by a program of then that still runs
 
     def test_a_file_of_version_1_that_cannot_be_brought_up_stays_as_it_was(self):
         self.version_1()

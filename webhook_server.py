@@ -3616,7 +3616,8 @@ CREATE TABLE {name} (
     notes TEXT,
     received_at TEXT NOT NULL,    -- UTC
     client TEXT,                  -- who sent it
-    payload TEXT NOT NULL         -- the JSON as it came: no extra field is lost
+    payload TEXT NOT NULL,        -- the JSON as it came: no extra field is lost
+    patient_hmac BLOB             -- by which a patient is found where patient_id is encrypted
 )"""
 # The same unique index finds duplicates and looks up appointments; a second one would only cost writes
 EVENTS_INDEX = ("CREATE UNIQUE INDEX idx_appointment_timestamp ON appointment_events "
@@ -3628,6 +3629,32 @@ CREATE TABLE conflicting_events (
     received_at TEXT NOT NULL, client TEXT,
     payload TEXT NOT NULL,
     digest BLOB                   -- SHA-256 of the content
+)"""
+ACCESS_TABLE = """
+CREATE TABLE access_log (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at TEXT NOT NULL,             -- UTC
+    client TEXT, address TEXT,    -- who, and from where
+    action TEXT NOT NULL,
+    detail TEXT,                  -- such as the filter of a read
+    rows INTEGER
+)"""
+SEALS_TABLE = """
+CREATE TABLE seals (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    at TEXT NOT NULL,             -- UTC
+    source TEXT NOT NULL,         -- the table
+    first_id INTEGER NOT NULL, last_id INTEGER NOT NULL, rows INTEGER NOT NULL,
+    content BLOB NOT NULL,        -- SHA-256 of what the rows mean
+    digest BLOB NOT NULL,         -- SHA-256 of this seal and of the digest before
+    hmac BLOB, key_id TEXT,       -- of the digest, with an encryption key
+    purged TEXT                   -- UTC
+)"""
+KEYS_TABLE = """
+CREATE TABLE database_keys (
+    name TEXT PRIMARY KEY,
+    value BLOB NOT NULL,          -- 32 random bytes, encrypted with key_id where there is one
+    key_id TEXT
 )"""
 CONFLICTS_INDEX = "CREATE INDEX idx_conflicting_event_digest ON conflicting_events (event_id, digest)"
 
@@ -3781,7 +3808,7 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
 
 class SQLite:
     """One SQLite file: a lock-guarded connection that writes, and two that read and never wait for it."""
-    DATA_VERSION = 2
+    DATA_VERSION = 3
     CACHE_KIB = 65536               # for pages, in all connections together: a million scattered keys fit
     WAL_BYTES = 64 * 1024 * 1024    # what a WAL that had to grow longer is cut to when it is started anew
     FULL_CHECK_BYTES = 256 * 1024 * 1024  # larger files are not read whole at start: it would take seconds
@@ -4423,8 +4450,14 @@ def _refuse_other_tables(connection: sqlite3.Connection, path: str, version: int
         connection.execute("EXPLAIN " + Session.INSERTS[1], [""] * len(COLUMNS))
         connection.execute("SELECT event_id, received_at, client, payload FROM conflicting_events "
                            "LIMIT 1")
-    if version == SQLite.DATA_VERSION:
+    if version > 1:
         connection.execute("SELECT digest FROM conflicting_events LIMIT 1")
+    if version > 2:
+        connection.execute("SELECT patient_hmac FROM appointment_events LIMIT 1")
+        connection.execute("SELECT at, client, address, action, detail, rows FROM access_log LIMIT 1")
+        connection.execute("SELECT at, source, first_id, last_id, rows, content, digest, hmac, key_id, purged "
+                           "FROM seals LIMIT 1")
+        connection.execute("SELECT name, value, key_id FROM database_keys LIMIT 1")
 
 
 def _columns_of(connection: sqlite3.Connection, table: str = "appointment_events") -> list:
@@ -4437,12 +4470,14 @@ def _make_tables(engine: SQLite, connection: sqlite3.Connection) -> None:
     """From version 0: a new file, one of others without our table, or one with the plain table."""
     if _columns_of(connection):
         _PlainTable(engine, connection).take_over()
+        _add_ledger(engine, connection)
         return
     engine.is_new = True
     connection.execute(EVENTS_TABLE.format(name="appointment_events"))
     connection.execute(EVENTS_INDEX)
     connection.execute(CONFLICTS_TABLE)
     connection.execute(CONFLICTS_INDEX)
+    _add_ledger(engine, connection)
 
 
 def _add_digests(engine: SQLite, connection: sqlite3.Connection) -> None:
@@ -4462,8 +4497,19 @@ def _add_digests(engine: SQLite, connection: sqlite3.Connection) -> None:
     connection.execute(CONFLICTS_INDEX)
 
 
+def _add_ledger(engine: SQLite, connection: sqlite3.Connection) -> None:
+    """From version 2, which had no access log, no seals and no blind index. A program of an older version that
+    still runs writes its number into a file that has them, so they may be there."""
+    if "patient_hmac" not in _columns_of(connection):
+        connection.execute("ALTER TABLE appointment_events ADD COLUMN patient_hmac BLOB")
+    for statement in (ACCESS_TABLE, SEALS_TABLE, KEYS_TABLE):
+        connection.execute(statement.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
+    connection.execute("INSERT OR IGNORE INTO database_keys (name, value) VALUES ('database', ?)",
+                       (secrets.token_bytes(32),))
+
+
 # Each brings a file from the version of its place to the next, but the first makes the newest at once
-MIGRATIONS = (_make_tables, _add_digests)
+MIGRATIONS = (_make_tables, _add_digests, _add_ledger)
 
 
 class _PlainTable:
