@@ -11446,8 +11446,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "System", "Files", "SQLite", "Store", "Log",
-         "HTTP", "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "System", "At rest", "Files", "SQLite", "Store",
+         "Log", "HTTP", "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
 
 
 def can_connect(port):
