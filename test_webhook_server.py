@@ -3012,6 +3012,235 @@ class SQLiteTest(EngineTest):
         self.assertEqual(list(files(self.folder)), ["events.db"])
 
 
+class EncryptionTest(EngineTest):
+    """What is personal, encrypted at rest."""
+    KEYS = {"new": b"n" * 32, "old": b"o" * 32}
+    PLANTED = ("PAT-planted-1", "notes that are planted", "a member that is planted", "conflict that is planted")
+
+    def encryption(self, *names, tell=None):
+        self.told = []
+        return receiver.Encryption({name: self.KEYS[name] for name in names or ("new",)}, tell=tell or self.told.append)
+
+    def encrypted(self, *names, **options):
+        """An open engine with these keys."""
+        engine = SQLite(str(self.database), encryption=self.encryption(*names), **options)
+        engine.open()
+        self.addCleanup(engine.close)
+        return engine
+
+    def event(self, number=1, **columns):
+        payload = {"patient_id": self.PLANTED[0], "notes": self.PLANTED[1], "more": self.PLANTED[2]}
+        return stored_event(number, **{"patient_id": self.PLANTED[0], "notes": self.PLANTED[1],
+                                       "payload": json.dumps(payload), **columns})
+
+    def fill(self, engine):
+        """Two events and a conflict."""
+        outcomes = write(engine, [self.event(1), self.event(2, notes=None), self.event(
+            1, payload=json.dumps({"x": self.PLANTED[3]}))])
+        self.assertEqual([one.kind for one in outcomes], ["stored", "stored", "duplicate"])
+
+    def assert_nothing_planted(self):
+        for name, data in files(self.folder).items():
+            for text in self.PLANTED:
+                self.assertNotIn(text.encode(), data, name)
+
+    def test_nothing_personal_is_in_any_file_and_all_of_it_comes_out(self):
+        engine = self.encrypted()
+        self.fill(engine)
+        self.assert_nothing_planted()
+        found = read(engine, Filter(), 0, 9)
+        self.assertEqual([one._replace(id=None) for one in found], [self.event(1), self.event(2, notes=None)])
+        self.assertEqual(engine.event(2).patient_id, self.PLANTED[0])
+        engine.close()
+        self.assert_nothing_planted()
+        self.assertEqual([one.notes for one in read(self.encrypted(), Filter(), 0, 9)], [self.PLANTED[1], None])
+
+    def test_texts_of_every_kind_come_out_as_they_went_in(self):
+        engine = self.encrypted()
+        events = [self.event(number, patient_id=patient_id, notes=notes, payload=payload) for number, (
+            patient_id, notes, payload) in enumerate([("ü:3:x", "", "{}"), ("1:2:", ":", '{"a": "\U0001f600"}'),
+                                                      ("\U0001f600", None, "{}"), ("p" * 255, "n" * 5000, '{"n": "' + "x" * 200000 + '"}')])]
+        write(engine, events)
+        self.assertEqual([one._replace(id=None) for one in read(engine, Filter(), 0, 9)], events)
+
+    def test_a_patient_is_found_by_an_index_that_tells_nothing_without_the_key(self):
+        engine = self.encrypted()
+        write(engine, [self.event(1), self.event(2, patient_id="other"), self.event(3)])
+        for patient_id, ids in ((self.PLANTED[0], [1, 3]), ("other", [2]), ("none", [])):
+            self.assertEqual([one.id for one in read(engine, Filter(patient_id=patient_id), 0, 9)], ids)
+            self.assertEqual([one.id for one in read(engine, Filter(patient_id=patient_id, appointment_id="APT-1"), 0, 9)],
+                             [1] * (1 in ids))
+        index, = set(rows(self.database, "SELECT patient_hmac FROM appointment_events WHERE id <> 2"))
+        self.assertEqual(len(index[0]), 32)
+        for guess in (hashlib.sha256(self.PLANTED[0].encode()).digest(),
+                      hmac.digest(self.KEYS["new"], self.PLANTED[0].encode(), "sha256")):
+            self.assertNotEqual(index[0], guess)
+
+    def test_duplicates_are_compared_as_without_encryption(self):
+        engine = self.encrypted()
+        write(engine, [self.event(1, payload='{"a": 1}')])
+        found = write(engine, [self.event(1, payload='{"a": 1}'), self.event(1, payload='{"a":1.0}'),
+                               self.event(1, payload='{"a": 2}'), self.event(1, payload='{"a": 2.0}')])
+        self.assertEqual([one.identical for one in found], [True, True, False, False])
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 1)
+        self.assertEqual(engine.digest(1), receiver.content_digest('{"a": 1}'))
+
+    def test_equal_values_never_look_alike(self):
+        engine = self.encrypted()
+        write(engine, [self.event(number, payload="{}") for number in range(50)])
+        values = rows(self.database, "SELECT payload FROM appointment_events")
+        nonces = {value[len(engine.encryption.prefix):][:12] for value, in values}
+        self.assertEqual(len(nonces), 50)
+        self.assertNotEqual(self.encryption()._run, self.encryption()._run)
+
+    def test_no_value_can_be_moved_changed_or_put_in_and_only_its_event_is_unreadable(self):
+        engine = self.encrypted()
+        write(engine, [self.event(number) for number in (1, 2, 3)])
+        first, second = (rows(self.database, f"SELECT payload FROM appointment_events WHERE id = {n}") for n in (1, 2))
+        conflict = write(engine, [self.event(3, payload='{"x": 1}')]) and rows(
+            self.database, "SELECT payload FROM conflicting_events")
+        for column, value in (("payload", second), ("payload", "{}"), ("payload", b""), ("payload", first[:-1]),
+                              ("payload", first[:40] + bytes([first[40] ^ 1]) + first[41:]), ("payload", conflict),
+                              ("payload", b"\x01\xff"), ("payload", b"\x02" + first[1:]), ("patient_id", "PAT-9"),
+                              ("patient_id", first), ("notes", "x"), ("appointment_id", "APT-9"),
+                              ("timestamp", "2026-01-01T00:00:00Z")):
+            with self.subTest(column, value=value[:8]):
+                before = rows(self.database, f"SELECT {column} FROM appointment_events WHERE id = 1")
+                write_rows(self.database, (f"UPDATE appointment_events SET {column} = ? WHERE id = 1", (value,)))
+                found = read(engine, Filter(), 0, 9)
+                self.assertEqual([isinstance(one, receiver.Unreadable) for one in found], [True, False, False])
+                self.assertEqual((found[0].patient_id, found[0].notes, found[0].payload), (None, None, "null"))
+                self.assertIs(json.loads(receiver.event_text(found[0]))["unreadable"], True)
+                self.assertNotIn("unreadable", json.loads(receiver.event_text(found[1])))
+                write_rows(self.database, (f"UPDATE appointment_events SET {column} = ? WHERE id = 1", (before,)))
+        self.assertEqual(len(self.told), 1)             # once for each event
+        self.assertRegex(self.told[0], "^the event with id 1 cannot be decrypted: ")
+        self.assertEqual(read(engine, Filter(), 0, 9)[0].notes, self.PLANTED[1])
+
+    def test_a_retry_of_an_event_that_cannot_be_read_is_kept_as_another(self):
+        engine = self.encrypted()
+        write(engine, [self.event(1)])
+        write_rows(self.database, "UPDATE appointment_events SET payload = x'01'")
+        self.assertEqual(write(engine, [self.event(1)])[0], Outcome("duplicate", 1, False))
+        self.assertEqual(engine.digest(1), b"")
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 1)
+
+    def test_the_keys_have_to_be_there_and_the_file_is_untouched_without(self):
+        engine = self.encrypted("old")
+        self.fill(engine)
+        engine.close()
+        before = self.database.read_bytes()
+        wrong = receiver.Encryption({"old": b"w" * 32})
+        for encryption, words in ((None, "it is encrypted, with the key old: --encryption-key-file is needed"),
+                                  (self.encryption("new"), "its key old is not in the key file"), (wrong, "was changed")):
+            with self.subTest(words), self.assertRaises(SetupError) as caught:
+                SQLite(str(self.database), encryption=encryption).open()
+            self.assertIn(words, str(caught.exception))
+            self.assertEqual(self.database.read_bytes(), before)
+        self.assertEqual(len(read(self.encrypted("new", "old"), Filter(), 0, 9)), 2)
+
+    def test_a_plain_database_with_rows_and_a_key_is_refused_and_one_without_rows_is_encrypted_from_now_on(self):
+        self.engine().close()
+        engine = self.encrypted()
+        self.fill(engine)
+        engine.close()
+        self.assert_nothing_planted()
+        self.database.unlink()
+        self.engine_with_rows()
+        before = self.database.read_bytes()
+        with self.assertRaises(SetupError) as caught:
+            self.encrypted()
+        self.assertIn("python3 webhook_server.py rekey", str(caught.exception))
+        self.assertEqual(self.database.read_bytes(), before)
+
+    def engine_with_rows(self):
+        """A plain database with rows, closed."""
+        engine = self.engine()
+        self.fill(engine)
+        engine.close()
+        write_rows(self.database, "INSERT INTO access_log (at, address, action, detail) VALUES ('x', 'y', 'read', "
+                   f"'{self.PLANTED[2]}')")
+
+    def rekey(self, *names):
+        engine = self.encrypted(*names, takes_over=True)
+        rekeying = receiver.Rekeying(engine)
+        rekeying.run(lambda table, last: None)
+        engine.close()
+        return rekeying.moved, rekeying.unreadable
+
+    def test_rekey_takes_a_plain_database_over_and_leaves_no_trace(self):
+        self.engine_with_rows()
+        self.assertIn(self.PLANTED[0].encode(), self.database.read_bytes())
+        self.assertEqual(self.rekey("new"), (4, 0))
+        self.assert_nothing_planted()
+        self.assertEqual(self.rekey("new"), (0, 0))
+        engine = self.encrypted()
+        self.assertEqual([one._replace(id=None) for one in read(engine, Filter(patient_id=self.PLANTED[0]), 0, 9)],
+                         [self.event(1), self.event(2, notes=None)])
+        self.assertEqual(write(engine, [self.event(1, payload=json.dumps({"x": self.PLANTED[3]}))])[0].identical, False)
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM conflicting_events"), 1)      # kept once
+
+    def test_rekey_that_was_interrupted_goes_on_and_until_then_nothing_else_opens_the_file(self):
+        engine = self.engine()
+        write(engine, [self.event(number) for number in range(20)])
+        engine.close()
+
+        class Killed(Exception):
+            pass
+
+        def stop(table, last):
+            raise Killed
+        engine = self.encrypted(takes_over=True)
+        with mock.patch.object(receiver.Rekeying, "STEP", 7), self.assertRaises(Killed):
+            receiver.Rekeying(engine).run(stop)
+        engine.close()
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM appointment_events WHERE typeof(payload) = 'blob'"), 7)
+        for encryption, words in ((self.encryption(), "encrypted only in part"), (None, "it is encrypted")):
+            with self.assertRaises(SetupError) as caught:
+                SQLite(str(self.database), encryption=encryption).open()
+            self.assertIn(words, str(caught.exception))
+        self.assertEqual(self.rekey(), (13, 0))
+        self.assertEqual(len(read(self.encrypted(), Filter(patient_id=self.PLANTED[0]), 0, 99)), 20)
+        self.assert_nothing_planted()
+
+    def test_rekey_moves_rows_to_the_first_key_beside_a_store_that_writes(self):
+        engine = self.encrypted("old")
+        self.fill(engine)
+        engine.encryption = self.encryption("new", "old")
+        write(engine, [self.event(5)])
+        self.assertEqual(self.rekey("new", "old"), (3, 0))
+        write(engine, [self.event(6)])
+        self.assertEqual(len(read(engine, Filter(patient_id=self.PLANTED[0]), 0, 9)), 4)
+        engine.close()
+        engine = self.encrypted("new")
+        self.assertEqual([isinstance(one, receiver.Unreadable) for one in read(engine, Filter(), 0, 9)], [False] * 4)
+        self.assertEqual(self.told, [])
+
+    def test_rekey_leaves_what_it_cannot_read_and_takes_nothing_that_was_put_in_for_encrypted(self):
+        engine = self.encrypted("old")
+        self.fill(engine)
+        engine.close()
+        write_rows(self.database, "UPDATE appointment_events SET payload = '{}' WHERE id = 1",
+                   "UPDATE conflicting_events SET payload = x'0102'")
+        self.assertEqual(self.rekey("new", "old"), (1, 2))
+        self.assertEqual([isinstance(one, receiver.Unreadable) for one in read(self.encrypted("new"), Filter(), 0, 9)],
+                         [True, False])
+
+    def test_a_key_file_that_is_no_good_is_one_line_that_does_not_show_it(self):
+        path, good = self.folder / "keys", base64.b64encode(b"k" * 32).decode()
+        for text, words in ((None, "No such file"), ("", "there is no key"), ("\n", "there is no key"), (good, "line 1"),
+                            (f"a:{good}\nb:{good[:-5]}=\n", "line 2"), (f"a b:{good}", "line 1"), (f"a:{good}\na:{'A' * 43}=", "line 2"),
+                            ("a:" + base64.b64encode(b"k" * 16).decode(), "line 1"), ("ü:" + good, "")):
+            if text is not None:
+                path.write_text(text, encoding="utf-8")
+            with self.subTest(text), self.assertRaises(SetupError) as caught:
+                receiver.read_encryption_keys(str(path))
+            self.assertIn(words, str(caught.exception))
+            self.assertNotIn(good[:8], str(caught.exception))
+        path.write_text(f"a:{good}\n\nb:{'A' * 43}=\r\n")
+        self.assertEqual(receiver.read_encryption_keys(str(path)), {"a": b"k" * 32, "b": bytes(32)})
+
+
 class FilesTest(EngineTest):
     """What happens to the files of a database that is in use."""
 
@@ -8355,6 +8584,99 @@ class TokenAccessTest(OauthTest, ClientsServerTest):
         self.assertEqual(self.post(server, Authorization="Bearer " + KEYS["none"]).status, 401)
         self.assertEqual(len(issuer.requests), 1)
         self.assertIn("client_secret_file", self.log_text(server))       # others can read it
+
+
+class EncryptedServerTest(ServerTest):
+    """A running server with a key file, and the commands around it."""
+
+    def key_file(self, *names):
+        path = self.folder / "keys"
+        path.write_text("".join(f"{name}:{base64.b64encode(name[:1].encode() * 32).decode()}\n" for name in names))
+        path.chmod(0o600)
+        return str(path)
+
+    def test_events_are_stored_found_and_compared_and_no_file_shows_them(self):
+        server = self.start(encryption_key_file=self.key_file("first"))
+        sent = event(patient_id="PAT-planted", notes="planted notes")
+        self.assertEqual(self.post(server, sent).status, 200)
+        self.assertEqual(self.post(server, sent).json["identical"], True)
+        self.assertEqual(self.post(server, event(patient_id="PAT-planted", notes="planted otherwise")).status, 409)
+        self.assertEqual(self.post(server, event(patient_id="PAT-planted", notes="planted" * 3000)).status, 409)
+        found = self.call(server, path=PATH + "?patient_id=PAT-planted").json["events"]
+        self.assertEqual([(one["patient_id"], one["notes"], one["payload"]) for one in found],
+                         [("PAT-planted", "planted notes", sent)])
+        self.assertEqual(self.call(server, path="/health").status, 200)
+        server.stop()
+        for name, data in files(self.folder).items():
+            self.assertNotIn(b"planted", data, name)
+
+    def test_one_that_cannot_be_read_is_an_error_in_the_log_and_no_affair_of_the_others(self):
+        server = self.start(encryption_key_file=self.key_file("first"))
+        for number in range(3):
+            self.post(server, event(appointment_id=str(number)))
+        write_rows(self.database, "UPDATE appointment_events SET payload = x'01' WHERE id = 2")
+        found = self.call(server).json["events"]
+        self.assertEqual([one.get("unreadable") for one in found], [None, True, None])
+        self.assertEqual((found[1]["patient_id"], found[1]["payload"], found[1]["appointment_id"]), (None, None, "1"))
+        self.assertEqual(self.call(server, path=PATH, Accept="text/csv").status, 200)
+        self.assertIs(self.call(server, path=PATH + "/2").json["unreadable"], True)
+        self.assertEqual(self.log_text(server).count("ERROR - [-] the event with id 2 cannot be decrypted"), 1)
+
+    def test_a_reload_takes_a_new_key_and_one_without_the_old_is_refused(self):
+        server = self.start(encryption_key_file=self.key_file("old"))
+        self.post(server)
+        self.key_file("new")
+        self.assertFalse(server.reload())
+        self.assertEqual(self.call(server).json["events"][0]["patient_id"], event()["patient_id"])
+        path = self.key_file("new", "old")
+        self.assertTrue(server.reload())
+        self.post(server, event(appointment_id="2"))
+        code, out, err = command("rekey", "--database", self.database, "--encryption-key-file", path)
+        self.assertEqual((code, out, err), (0, "1 rows encrypted with new\n", ""))
+        self.assertEqual(self.post(server, event(appointment_id="3")).status, 200)
+        self.key_file("new")
+        self.assertTrue(server.reload())
+        self.assertEqual([one.get("unreadable") for one in self.call(server).json["events"]], [None] * 3)
+
+    def test_rekey_refuses_a_plain_database_that_is_in_use_and_takes_it_once_it_is_not(self):
+        server = self.start()
+        self.post(server)
+        path = self.key_file("first")
+        arguments = ("rekey", "--database", self.database, "--encryption-key-file", path)
+        code, out, err = command(*arguments)
+        self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+        self.assertIn("stop the service first", err)
+        self.assertEqual(self.post(server, event(appointment_id="2")).status, 200)
+        server.stop()
+        with self.assertRaises(SetupError) as caught:
+            self.start(encryption_key_file=path)
+        self.assertIn("rekey", str(caught.exception))
+        self.assertEqual(command(*arguments), (0, "2 rows encrypted with first\n", ""))
+        server = self.start(encryption_key_file=path)
+        self.assertEqual(len(self.call(server).json["events"]), 2)
+
+    def test_what_rekey_cannot_do_is_one_line_and_exit_2(self):
+        path = self.key_file("first")
+        for arguments, word in (((), "--encryption-key-file"), (("--encryption-key-file", path), "no such file"),
+                                (("--encryption-key-file", self.folder / "none"), "none"),
+                                (("--encryption-key-file", path, "--database", path), "not a SQLite database")):
+            with self.subTest(arguments), mock.patch.dict(os.environ, {}):
+                arguments = ("--database", self.folder / "none.db", *arguments)
+                code, out, err = command("rekey", *arguments)
+                self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+                self.assertIn(word, err)
+
+    def test_without_libcrypto_it_does_not_start_and_touches_nothing(self):
+        with mock.patch.object(receiver.LibCrypto, "_load", side_effect=OSError), self.assertRaises(SetupError) as caught:
+            self.start(encryption_key_file=self.key_file("first"))
+        self.assertIn("libcrypto", str(caught.exception))
+        self.assertFalse(self.database.exists())
+
+    def test_a_key_file_that_others_can_read_is_warned_of(self):
+        path = self.key_file("first")
+        os.chmod(path, 0o644)
+        self.assertIn(f"WARNING - [-] encryption_key_file {path}: others than its owner can read",
+                      self.log_text(self.start(encryption_key_file=path)))
 
 
 class TenantTest(HTTPTest):

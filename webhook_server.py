@@ -3314,6 +3314,11 @@ def conflict_place(event_id: int, received_at: str) -> bytes:
     return f"conflicting_events\0payload\0{event_id}\0{received_at}".encode()
 
 
+def access_place(at: str, action: str, address: str) -> bytes:
+    """The associated data of the detail of an access."""
+    return f"access_log\0detail\0{at}\0{action}\0{address}".encode()
+
+
 KEY_PLACE = b"database_keys\0value\0database"
 
 
@@ -4216,6 +4221,16 @@ class SQLite:
         with self.readers.reading() as connection:
             return connection.execute("SELECT count(*) FROM appointment_events").fetchone()[0]
 
+    def clear(self) -> None:
+        """Write the file anew, so that nothing is left of what was deleted or replaced. For who is alone with it.
+        Raises StoreUnavailable."""
+        try:
+            with self.lock:
+                self.writer.execute("VACUUM")
+                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
+            raise _unavailable(error, self.path) from error
+
     def is_small(self) -> bool:
         """Whether the file can be read whole within a second."""
         return os.path.getsize(self.path) <= self.FULL_CHECK_BYTES
@@ -4704,6 +4719,111 @@ def _encrypt_key(connection: sqlite3.Connection, encryption: Encryption) -> None
 
 def _columns_of(connection: sqlite3.Connection, table: str = "appointment_events") -> list:
     return [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+
+
+# -- SQLite: other keys
+
+class Rekeying:
+    """Encrypts with the first key what has another one, and in a database that was not encrypted all that is
+    personal. In short transactions, between which a server beside it writes; it can be begun again."""
+    STEP = 200                      # rows in a transaction
+    PATIENCE = 60.0                 # seconds to wait for a lock
+
+    def __init__(self, engine: SQLite) -> None:
+        """`engine` is open, has an encryption, and `takes_over`."""
+        self._engine, self._encryption = engine, engine.encryption
+        self.moved, self.unreadable = 0, 0
+        self._takes_over = self._do(lambda session: session.execute(
+            "SELECT 1 FROM database_keys WHERE name = 'takeover'").fetchone() is not None)
+
+    def run(self, on_step: Callable[[str, int], Any]) -> None:
+        """on_step(table, id) hears how far it is. Raises StoreUnavailable."""
+        for table, step in (("appointment_events", self._move_events), ("conflicting_events", self._move_conflicts),
+                            ("access_log", self._move_accesses)):
+            last = 0
+            while last is not None:
+                last = self._do(functools.partial(step, last))
+                on_step(table, last or 0)
+        self._do(self._move_key)
+        if self._takes_over and not self.unreadable:
+            self._engine.clear()
+
+    def _do(self, work: Callable[[Session], Any]) -> Any:
+        ends_at = time.monotonic() + self.PATIENCE
+        while True:
+            try:
+                with self._engine.transaction() as session:
+                    session.execute("PRAGMA secure_delete = ON")
+                    return work(session)
+            except StoreLocked:
+                if time.monotonic() > ends_at:
+                    raise
+                time.sleep(LOCK_STEP)
+
+    def _rows(self, session: Session, columns: str, table: str, last: int) -> list:
+        return session.execute(f"SELECT {columns}, id FROM {table} WHERE id > ? ORDER BY id LIMIT ?",
+                               (last, self.STEP)).fetchall()
+
+    def _is_done(self, value: Any) -> bool:
+        return isinstance(value, bytes) and value.startswith(self._encryption.prefix)
+
+    def _opened(self, value: Any, place: bytes) -> Optional[str]:
+        """A text, as it was or decrypted; None where that cannot be."""
+        if isinstance(value, str) and self._takes_over:
+            return value
+        try:
+            return self._encryption.opened(value, place).decode()
+        except ValueError:
+            self.unreadable += 1
+            return None
+
+    def _move_events(self, last: int, session: Session) -> Optional[int]:
+        rows = self._rows(session, ", ".join(COLUMNS), "appointment_events", last)
+        for row in rows:
+            stored = AppointmentEvent._make(row)
+            if self._is_done(stored.payload):
+                continue
+            if not (isinstance(stored.payload, str) and self._takes_over):
+                stored = self._encryption.event(row)
+            if isinstance(stored, Unreadable):
+                self.unreadable += 1
+                continue
+            _, _, patient_id, _, notes, _, _, payload, index = self._encryption.row(stored)
+            session.execute("UPDATE appointment_events SET patient_id = ?, notes = ?, payload = ?, patient_hmac = ? "
+                            "WHERE id = ?", (patient_id, notes, payload, index, stored.id))
+            self.moved += 1
+        return rows[-1][-1] if rows else None
+
+    def _move_conflicts(self, last: int, session: Session) -> Optional[int]:
+        rows = self._rows(session, "event_id, received_at, payload", "conflicting_events", last)
+        for event_id, received_at, value, row_id in rows:
+            place = conflict_place(event_id, received_at)
+            payload = None if self._is_done(value) else self._opened(value, place)
+            if payload is not None:
+                digest = self._encryption.index_of(content_digest(payload).hex())
+                session.execute("UPDATE conflicting_events SET payload = ?, digest = ? WHERE id = ?",
+                                (self._encryption.sealed(payload.encode(), place), digest, row_id))
+                self.moved += 1
+        return rows[-1][-1] if rows else None
+
+    def _move_accesses(self, last: int, session: Session) -> Optional[int]:
+        rows = self._rows(session, "at, action, address, detail", "access_log", last)
+        for at, action, address, value, row_id in rows:
+            place = access_place(at, action, address)
+            detail = None if value is None or self._is_done(value) else self._opened(value, place)
+            if detail is not None:
+                session.execute("UPDATE access_log SET detail = ? WHERE id = ?",
+                                (self._encryption.sealed(detail.encode(), place), row_id))
+                self.moved += 1
+        return rows[-1][-1] if rows else None
+
+    def _move_key(self, session: Session) -> None:
+        value, = session.execute("SELECT value FROM database_keys WHERE name = 'database'").fetchone()
+        key = self._encryption.opened(value, KEY_PLACE)
+        session.execute("UPDATE database_keys SET value = ?, key_id = ? WHERE name = 'database'",
+                        (self._encryption.sealed(key, KEY_PLACE), self._encryption.key_id))
+        if not self.unreadable:
+            session.execute("DELETE FROM database_keys WHERE name = 'takeover'")
 
 
 # -- SQLite: files of other versions
@@ -10332,6 +10452,65 @@ def run_keygen(options: argparse.Namespace) -> int:
     return EXIT_FINE
 
 
+# -- rekey
+
+def _add_rekey(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--database", metavar="FILE", help="SQLite file (default: WEBHOOK_DATABASE, or appointments.db)")
+    parser.add_argument("--encryption-key-file", metavar="FILE",
+                        help="the keys: the first encrypts, all decrypt (default: WEBHOOK_ENCRYPTION_KEY_FILE)")
+
+
+def run_rekey(options: argparse.Namespace) -> int:
+    """Encrypt all that is personal with the first key; 1 if something cannot be decrypted."""
+    names = ("database", "encryption_key_file")
+    environment = {variable_of(name): os.environ.get(variable_of(name), "") for name in names}
+    config = Config.read({name: getattr(options, name) for name in names}, environment)
+    if not config.encryption_key_file:
+        raise SetupError("rekey: --encryption-key-file is missing")
+    if not os.path.isfile(config.database):
+        raise SetupError(f"database {config.database}: there is no such file")
+    encryption = Encryption(read_encryption_keys(config.encryption_key_file), tell=_complain)
+    engine = SQLite(config.database, encryption=encryption, takes_over=True)
+    _refuse_company(config.database)
+    engine.open()
+    try:
+        rekeying = Rekeying(engine)
+        rekeying.run(_show_progress)
+    except StoreUnavailable as error:
+        raise SetupError(f"{error}; begin again: what is done stays done") from None
+    finally:
+        engine.close()
+    print(f"{rekeying.moved} rows encrypted with {encryption.key_id}")
+    if rekeying.unreadable:
+        _complain(f"{rekeying.unreadable} rows cannot be decrypted and stayed as they are")
+        return EXIT_NO
+    return EXIT_FINE
+
+
+def _refuse_company(path: str) -> None:
+    """Raise SetupError where a database that is not encrypted is in use: whoever uses it would go on to write
+    what is not encrypted."""
+    with contextlib.closing(sqlite3.connect(_uri(Path(os.path.abspath(path)), "rw"), uri=True, timeout=1)) as connection:
+        try:
+            marks = connection.execute("SELECT key_id FROM database_keys WHERE name = 'database'").fetchone()
+        except sqlite3.Error:                           # of an older version, or none of ours: who opens it says so
+            marks = None
+        if marks and marks[0]:
+            return
+        try:
+            connection.execute("PRAGMA journal_mode = DELETE").fetchone()       # only who is alone may
+        except sqlite3.OperationalError:
+            raise SetupError(f"database {path}: something else has it open: stop the service first, as this "
+                             "database is not encrypted yet") from None
+        except sqlite3.DatabaseError:
+            return
+
+
+def _show_progress(table: str, last: int) -> None:
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r{table} {last} ", end="", file=sys.stderr, flush=True)
+
+
 # -- bench
 
 BENCH_HEAD = """\
@@ -10502,8 +10681,8 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("serve", run_serve, "take events; the command when none is given",
             "Take events until SIGTERM or Ctrl-C; what is in flight is still answered. A\n"
-            "second one ends it at once. SIGHUP reads schema and clients file anew, and\n"
-            "reopens the log file.",
+            "second one ends it at once. SIGHUP reads schema, clients file, certificates and\n"
+            "encryption keys anew, and reopens the log file.",
             add_settings, "webhook_server.py [serve] [SETTINGS]"),
     Command("check", run_check, "tell which events in files would be refused, and why",
             "Validate events in JSON (one event, or an array of them) or NDJSON (one on\n"
@@ -10519,6 +10698,12 @@ COMMANDS = (
             "Bearer KEY', and the entry of the clients file that knows it by its SHA-256\n"
             "alone. Or a fresh secret. It is printed once and kept nowhere.",
             _add_keygen),
+    Command("rekey", run_rekey, "encrypt a database, or with a new key",
+            "Encrypt what is personal with the first key of the key file: all of a database\n"
+            "that was not encrypted (stop the service first), or what has an older key (a\n"
+            "service that was reloaded may run beside it). Can be interrupted and started\n"
+            "again. Exit 0: all is encrypted, 1: something cannot be decrypted.",
+            _add_rekey),
     Command("bench", run_bench, "measure how fast it is on this machine",
             "Start a server on a temporary database, load it from another process, print\n"
             "requests a second and latencies, and compare the rows in the database with\n"
