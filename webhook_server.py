@@ -6596,10 +6596,8 @@ class SignatureScheme:
             problem = self._problem_of_time(values["timestamp"], now)
             if problem:
                 return problem
-        before, after = (self._before % values).encode("latin-1"), (self._after % values).encode("latin-1")
-        if not self._fits(candidates, before, body, after):
-            return "no signature fits"
-        return ""
+        data = (self._before % values).encode("latin-1") + body + (self._after % values).encode("latin-1")
+        return "" if self._fits(candidates, data) else "no signature fits"
 
     def _split(self, value: str) -> list:
         """What stands between separators. Of a header that is there twice, joined to one by ", ", nothing: no
@@ -6626,14 +6624,13 @@ class SignatureScheme:
             return f"the timestamp is {math.ceil(-age)} s ahead"
         return ""
 
-    def _fits(self, candidates: list, before: bytes, body: bytes, after: bytes) -> bool:
-        """Whether one secret gives one of the candidates. Every pair is compared, also behind one that fits:
+    def _fits(self, candidates: list, data: bytes) -> bool:
+        """Whether one secret gives one of the candidates for `data`. Every pair is compared, also behind one that fits:
         how long it takes says how many there are, and not which."""
         fits = False
         for keyed in self._keyed:
             digest = keyed.copy()
-            for part in (before, body, after):
-                digest.update(part)
+            digest.update(data)
             expected = self._encode(digest.digest())
             for candidate in candidates:
                 fits |= hmac.compare_digest(expected, candidate)
@@ -7462,8 +7459,8 @@ class OpenAccess:
 class Evidence(NamedTuple):
     """What a head shows of who sent it: `clients` whose key it has, `signers` whose signature it may have, a
     `token`; `is_guess`: something is shown, and `is_bearer`: in the field for tokens (RFC 6750)."""
-    clients: tuple
-    signers: tuple
+    clients: list
+    signers: list
     token: str
     is_guess: bool
     is_bearer: bool
@@ -7519,18 +7516,22 @@ class Access:
         return caller, check
 
     def _evidence(self, head: Head) -> Evidence:
-        bearer = _BEARER.fullmatch(head.get("authorization"))
-        shown = [bearer[1]] if bearer else []
+        clients, token, bearer, shown = [], "", None, []
+        if "authorization" in head.fields:
+            bearer = _BEARER.fullmatch(head.fields["authorization"])
+            shown = [bearer[1]] if bearer else []
         if head.get("x-api-key"):
-            shown.append(head.get("x-api-key"))
-        found = [self._by_key.get(hashlib.sha256(key.encode("latin-1")).digest()) for key in shown]
-        token = ""
-        if bearer and found[0] is None and not bearer[1].startswith(KEY_PREFIX):
-            token = bearer[1]
-        signers = ()
+            shown.append(head.fields["x-api-key"])
+        for key in shown:
+            client = self._by_key.get(hashlib.sha256(key.encode("latin-1")).digest())
+            if client is not None:
+                clients.append(client)
+            elif bearer and key == bearer[1] and not key.startswith(KEY_PREFIX):
+                token = key
+        signers = []
         if head.method == "POST":                       # over no body it would be a password for ever
-            signers = tuple(client for client in self._signers if client.signature.is_shown(head))
-        return Evidence(tuple(filter(None, found)), signers, token, bool(shown or signers), bool(bearer))
+            signers = [client for client in self._signers if client.signature.is_shown(head)]
+        return Evidence(clients, signers, token, bool(shown or signers), bearer is not None)
 
     def _check(self, head: Head, evidence: Evidence, role: str, request: Any) -> None:
         """Find out who it is by all that is shown, and whether they may."""
@@ -8123,6 +8124,9 @@ OPTIONS = Route("OPTIONS", "*", "options", ANYBODY, "what a path takes")
 UNMATCHED = Route("-", "-", "", ANYBODY, "what no route is for")
 PATHS = tuple((route, re.compile(re.escape(route.path).replace(r"\{event_id\}", "([0-9]{1,18})")))
               for route in ROUTES)
+# Hot path: most paths are these, letter by letter
+LITERAL_PATHS = {path: [(route, ()) for route in ROUTES if route.path == path]
+                 for path in {route.path for route in ROUTES if "{" not in route.path}}
 
 
 def match_route(method: str, path: str) -> tuple:
@@ -8137,6 +8141,8 @@ def match_route(method: str, path: str) -> tuple:
 
 def routes_at(path: str) -> list:
     """[(Route, arguments)] of a path, each segment of it decoded once. Raises Refusal (400, 404)."""
+    if path in LITERAL_PATHS:
+        return LITERAL_PATHS[path]
     if "%" in path:
         segments = map(unquote_to_bytes, path.split("/"))
         try:                                            # a slash that was encoded parts no segments
@@ -8236,10 +8242,10 @@ class Rules:
             if head.chunked or head.length:             # the body stays unread
                 refusal.close = True
             ruling.refusal = refusal.with_traceback(None)
+            with contextlib.suppress(Refusal):
+                ruling.pattern = routes_at(head.path)[0][0].path
         if head.method in METHODS:
             ruling.method = head.method
-        with contextlib.suppress(Refusal):
-            ruling.pattern = routes_at(head.path)[0][0].path
         return ruling
 
     def _decide(self, ruling: Ruling) -> None:
@@ -8255,7 +8261,7 @@ class Rules:
             ruling.route = OPTIONS
         else:
             ruling.route, ruling.arguments = match_route(head.method, head.path)
-        route = ruling.route
+        route, ruling.pattern = ruling.route, ruling.route.path
         ruling.endpoint = getattr(self._endpoints, route.endpoint)
         if route.otherwise:
             ruling.otherwise = getattr(self._endpoints, route.otherwise)
