@@ -4689,6 +4689,318 @@ class StoreTest(EngineTest):
         self.assertEqual(store._breaker.state, "open")
 
 
+class LedgerTest(EngineTest):
+    """Seals, verify and purge, over a store that runs."""
+    KEYS = {"new": b"n" * 32, "old": b"o" * 32}
+
+    def setUp(self):
+        super().setUp()
+        self.told, self.encryption = [], None
+
+    def running(self, encryption=None):
+        """(Store, Ledger) that run, until the end of the test or self.end()."""
+        engine = SQLite(str(self.database), encryption=encryption)
+        store = Store(engine, 1.0)
+        store.open()
+        store.start()
+        ledger = receiver.Ledger(store, self.told.append)
+        ledger.start()
+        self.encryption = encryption
+        self.addCleanup(store.stop)
+        return store, ledger
+
+    def end(self, store, ledger):
+        ledger.stop()
+        store.stop()
+
+    def filled(self, events=300, encryption=None):
+        """A database with events, two conflicts and two accesses, sealed and closed."""
+        store, ledger = self.running(encryption)
+        for number in range(events):
+            store.submit(receiver._Waiting(stored_event(number, received_at=f"2025-01-{1 + number % 9:02}T00:00:00Z")))
+        store.settle()
+        for payload in ('{"a": 1}', '{"a": 2}'):
+            store.add(stored_event(0, payload=payload))
+        ledger.record("read", "desk", "192.0.2.1", '{"patient_id": "x"}', 3)
+        ledger.record("read", "desk", "192.0.2.1", None, None)
+        self.end(store, ledger)
+
+    def verify(self, *known, encryption=...):
+        """What verify says: "" when all is well."""
+        encryption = self.encryption if encryption is ... else encryption
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as connection:
+            verification = receiver.Verification(connection, encryption)
+            try:
+                verification.run(dict(known))
+                self.summary = verification.summary()
+                return ""
+            except receiver.Mismatch as error:
+                return str(error)
+
+    def purge(self, before, *tables, **options):
+        return receiver.purge_database(str(self.database), self.encryption, before, tables or receiver.PURGED_TABLES,
+                                       **options)
+
+    def seals(self, what="id, source, first_id, last_id, rows"):
+        return rows(self.database, f"SELECT {what} FROM seals ORDER BY id")
+
+    def test_blocks_cover_all_ids_of_three_tables_and_are_256_rows_at_most(self):
+        self.filled(600)
+        by_source = {}
+        for _, source, first, last, count in self.seals():
+            self.assertLessEqual(count, receiver.SEAL_ROWS)
+            self.assertEqual(first, by_source.get(source, (0, 0))[0] + 1)
+            by_source[source] = (last, by_source.get(source, (0, 0))[1] + count)
+        self.assertEqual({source: count for source, (_, count) in by_source.items()},
+                         {"appointment_events": 600, "conflicting_events": 2, "access_log": 2})
+        self.assertEqual(self.verify(), "")
+        self.assertRegex(self.summary, r"\Aok: 600 events, 2 conflicts, 2 accesses, sealed up to \d{4}-\d\d-\d\dT[\d:.]+Z"
+                         r"; of \d+ seals only the chain was checked")
+
+    def test_what_was_there_before_the_first_start_is_sealed_as_it_is_found(self):
+        engine = self.engine()
+        write(engine, [stored_event(number) for number in range(700)])
+        engine.close()
+        self.assertEqual(self.verify(), "")
+        self.assertIn("nothing is sealed yet", self.summary)
+        store, ledger = self.running()
+        until(lambda: self.seals("max(last_id)") == 700, "all to be sealed")
+        self.end(store, ledger)
+        self.assertEqual(self.verify(), "")
+
+    def test_what_comes_is_sealed_within_a_moment_and_nothing_is_written_while_nothing_comes(self):
+        with mock.patch.object(receiver, "SEAL_SECONDS", 0.02):
+            store, ledger = self.running()
+            store.add(stored_event(1))
+            until(lambda: self.seals("count(*)") == 1, "a seal")
+            with mock.patch.object(store, "do", side_effect=AssertionError("wrote")) as done:
+                before, read = ledger._told_at, []
+                with mock.patch.object(ledger, "_next_seals", side_effect=lambda: read.append(1) or []):
+                    until(lambda: len(read) > 5, "further steps")
+                self.assertEqual(done.call_count, 0)
+
+    def test_the_newest_digest_is_told_each_minute_when_it_is_new_and_at_stop(self):
+        store, ledger = self.running()
+        store.add(stored_event(1))
+        until(lambda: self.told, "the first digest")
+        self.assertEqual(self.told, [f"seal 1 sha256:{self.seals('digest').hex()}"])
+        store.add(stored_event(2))
+        until(lambda: self.seals("count(*)") == 2, "the second seal")
+        self.assertEqual(len(self.told), 1)
+        self.end(store, ledger)
+        self.assertEqual(self.told[1][:7], "seal 2 ")
+        self.end(*self.running())
+        self.assertEqual(len(self.told), 3)             # a new run tells where it begins
+
+    def test_the_same_rows_in_another_database_have_other_digests(self):
+        """Or a digest out of a log would tell who guesses a patient that the guess is right."""
+        digests = set()
+        for _ in range(2):
+            self.filled(1)
+            digests.add(self.seals("digest")[0])
+            self.database.unlink()
+        self.assertEqual(len(digests), 2)
+
+    def test_canonical_rows_are_the_same_from_sqlite_and_from_python(self):
+        engine = self.engine()
+        events = [stored_event(1), stored_event(2, notes=None), stored_event(3, notes="ü\U0001f600\n", payload='{"a": "\\u0000"}'),
+                  stored_event(4, notes="")]
+        write(engine, events)
+        source = receiver.SOURCES["appointment_events"]
+        found = receiver.canonical_rows(engine.writer, None, source, 0, 99, 99)
+        self.assertEqual([text for _, _, text in found], [
+            receiver.canonical_row((number, *one[:-1])) for number, one in enumerate(events, 1)])
+        self.assertEqual(len({receiver.canonical_row(row) for row in (
+            ("a", "b"), ("a b", ""), ("", "a b"), (None, ""), ("", None), (1, ""), ("1", ""), (b"1", ""))}), 8)
+
+    def test_every_column_of_every_sealed_table_that_is_changed_by_hand_is_found(self):
+        for encryption in (None, receiver.Encryption(self.KEYS)):
+            self.filled(300, encryption)
+            self.assertEqual(self.verify(), "")
+            whole = self.database.read_bytes()
+            for table in (*receiver.SOURCES, "seals"):
+                for _, column, kind, *_ in rows(self.database, f"PRAGMA table_info({table})"):
+                    for value in ("x'00'", "'y'", "17"):
+                        with self.subTest(f"{table}.{column} = {value}", encrypted=encryption is not None):
+                            try:
+                                write_rows(self.database, f"UPDATE {table} SET {column} = {value} WHERE id = 2")
+                            except sqlite3.IntegrityError:              # the id of another row
+                                continue
+                            told = self.verify()
+                            self.assertRegex(told, "^(changed|removed|put in): ")
+                            self.database.write_bytes(whole)
+            self.assertEqual(self.verify(), "")
+            self.database.unlink()
+
+    def test_rows_that_are_removed_put_in_or_exchanged_are_found_with_their_ids_and_times(self):
+        self.filled(300)
+        whole = self.database.read_bytes()
+        copy = "INSERT INTO appointment_events SELECT {}, event_type, 'X', patient_id, timestamp, notes, received_at, client, " \
+               "payload, patient_hmac FROM appointment_events WHERE id = 5"
+        for statements, words in (
+                (["DELETE FROM appointment_events WHERE id = 7"], "removed: .*appointment_events 1 to 256.*255 are there"),
+                (["DELETE FROM conflicting_events"], "removed: .*conflicting_events 1 to 2.*no row is left"),
+                (["DELETE FROM appointment_events WHERE id = 7", copy.format(7)], "changed: .*appointment_events 1 to 256"),
+                (["UPDATE appointment_events SET notes = 'x' WHERE id = 299"], "changed: .*257 to 300.*2025-01-0"),
+                (["UPDATE appointment_events SET payload = payload || char(0) || 'x' WHERE id = 3"], "changed: "),
+                (["UPDATE appointment_events SET payload = CAST(payload AS BLOB) WHERE id = 3"], "changed: "),
+                (["DELETE FROM seals WHERE id = 2"], "removed: seals between 1 and 3"),
+                (["DELETE FROM seals WHERE id = (SELECT max(id) FROM seals)"], "removed: seals behind"),
+                (["DELETE FROM seals"], "removed: seals behind number 0"),
+                (["UPDATE seals SET purged = '2026' WHERE id = 1"], "changed: "),
+                (["DELETE FROM appointment_events WHERE id < 257", "UPDATE seals SET purged = '2026' WHERE id = 1"],
+                 "removed: rows of seal 1 .*no purge")):
+            with self.subTest(statements):
+                write_rows(self.database, *statements)
+                self.assertRegex(self.verify(), "^" + words)
+                self.database.write_bytes(whole)
+
+    def test_a_row_that_is_put_into_a_gap_belongs_to_a_block(self):
+        store, ledger = self.running()
+        for number in (1, 1, 2):                        # a duplicate uses an id up
+            store.add(stored_event(number))
+        self.end(store, ledger)
+        self.assertEqual(rows(self.database, "SELECT max(id) FROM appointment_events"), 3)
+        write_rows(self.database, "INSERT INTO appointment_events SELECT 2, event_type, 'X', patient_id, timestamp, notes, "
+                   "received_at, client, payload, NULL FROM appointment_events WHERE id = 1")
+        self.assertRegex(self.verify(), "^put in: .*3 are there.*2 were sealed")
+
+    def test_rows_that_are_not_sealed_yet_are_no_fault(self):
+        self.filled(10)
+        engine = SQLite(str(self.database))
+        engine.open()
+        write(engine, [stored_event(99)])
+        engine.close()
+        self.assertEqual(self.verify(), "")
+        self.assertIn("10 events", self.summary)
+
+    def rewrite(self):
+        """History as a forger without a key would rewrite it: a row is changed, and all seals are made anew."""
+        write_rows(self.database, "UPDATE appointment_events SET notes = 'forged' WHERE id = 3",
+                   "DELETE FROM seals", "DELETE FROM sqlite_sequence WHERE name = 'seals'")
+        self.end(*self.running())
+
+    def test_a_history_that_is_rewritten_as_a_whole_is_shown_by_a_digest_that_was_kept_elsewhere(self):
+        self.filled(10)
+        number, digest = self.seals("id, digest")[-1]
+        self.assertEqual(self.verify((number, digest)), "")
+        self.rewrite()
+        self.assertEqual(self.verify(), "")
+        self.assertRegex(self.verify((number, digest)), "rewritten|removed")
+
+    def test_with_a_key_a_rewritten_history_is_not_signed(self):
+        encryption = receiver.Encryption(self.KEYS)
+        self.filled(10, encryption)
+        self.assertEqual(self.verify(), "")
+        self.assertNotIn("only the chain", self.summary)
+        forger = receiver.Encryption({"new": b"f" * 32})
+        secret = encryption.opened(rows(self.database, "SELECT value FROM database_keys"), receiver.KEY_PLACE)
+        digest = receiver.first_digest(secret)
+        for row in self.seals(receiver.SEAL_COLUMNS):
+            seal = receiver.Seal._make(row)._replace(content=b"f" * 32)
+            digest = seal.chained(digest)
+            write_rows(self.database, ("UPDATE seals SET content = ?, digest = ?, hmac = ? WHERE id = ?",
+                                       (seal.content, digest, forger.sign(digest), seal.id)))
+        self.assertRegex(self.verify(), "^changed: seal 1 .*not signed")
+
+    def test_rekey_breaks_no_seal_and_a_key_that_is_gone_leaves_the_chain(self):
+        self.filled(300)
+        before = self.seals("digest")
+        self.encryption = receiver.Encryption({"old": self.KEYS["old"]})
+        for keys in (("old",), ("new", "old")):
+            encryption = receiver.Encryption({name: self.KEYS[name] for name in keys})
+            engine = SQLite(str(self.database), encryption=encryption, takes_over=True)
+            engine.open()
+            rekeying = receiver.Rekeying(engine)
+            rekeying.run(lambda table, last: None)
+            engine.close()
+            self.assertEqual((rekeying.moved > 302, rekeying.unreadable), (True, 0))
+            self.assertEqual(self.verify(encryption=encryption), "")
+            store, ledger = self.running(encryption)
+            store.add(stored_event(1000 + len(keys)))
+            self.end(store, ledger)
+        self.assertEqual(self.seals("digest")[:len(before)], before)
+        self.assertEqual(self.verify(encryption=receiver.Encryption({"new": self.KEYS["new"]})), "")
+        self.assertIn(f"of {len(before) + 1} seals only the chain was checked", self.summary)
+
+    def test_a_store_that_cannot_write_does_not_end_the_ledger(self):
+        with mock.patch.object(receiver, "SEAL_SECONDS", 0.02):
+            store, ledger = self.running()
+            with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other:
+                store.add(stored_event(1))
+                until(lambda: self.seals("count(*)") == 1, "a seal")
+                other.execute("BEGIN IMMEDIATE")
+                with self.assertRaises(StoreUnavailable):
+                    ledger.record("read")
+                other.execute("ROLLBACK")
+            store.add(stored_event(2))
+            until(lambda: self.seals("count(*)") == 2, "the next seal")
+
+    # -- purge
+
+    def test_purge_takes_whole_blocks_that_are_old_and_verify_still_holds(self):
+        self.filled(600)
+        self.assertEqual(self.purge("2025-01-05T00:00:00Z"), 0)         # each block has a younger row
+        self.assertEqual(self.purge("2025-01-10T00:00:00Z"), 600)        # the conflicts came later
+        self.assertEqual(self.purge("2030-01-10T00:00:00Z"), 2)
+        self.assertEqual(rows(self.database, "SELECT count(*) FROM appointment_events"), 0)
+        self.assertEqual(self.verify(), "")
+        self.assertIn("ok: 0 events, 0 conflicts, 2 accesses", self.summary)
+        self.assertIn("seals were purged", self.summary)
+        store, ledger = self.running()
+        self.assertEqual(store.add(stored_event(1)).event_id, 601)      # ids never fall back
+        self.end(store, ledger)
+        self.assertEqual(self.verify(), "")
+
+    def test_nothing_of_what_was_purged_is_left_in_the_file_or_the_wal(self):
+        store, ledger = self.running()
+        for number in range(30):
+            store.add(stored_event(number, notes="planted notes", received_at="2020-01-01T00:00:00Z"))
+        until(lambda: self.seals("max(last_id)") == 30, "the seals")
+        self.assertEqual(self.purge("2021-01-01T00:00:00Z"), 30)
+        for name, data in files(self.folder).items():
+            self.assertNotIn(b"planted notes", data, name)
+        self.assertEqual(store.add(stored_event(31)).kind, "stored")    # beside a store that goes on
+        self.end(store, ledger)
+        self.assertEqual(self.verify(), "")
+
+    def test_a_block_that_somebody_has_changed_is_left_for_verify_to_find(self):
+        self.filled(300)
+        write_rows(self.database, "DELETE FROM appointment_events WHERE id = 7")
+        self.assertEqual(self.purge("2030-01-01T00:00:00Z"), 44 + 2)
+        self.assertRegex(self.verify(), "^removed: .*appointment_events 1 to 256")
+
+    def test_rows_that_are_put_back_into_a_purged_block_are_found(self):
+        self.filled(10)
+        row = rows(self.database, "SELECT * FROM appointment_events WHERE id = 3")[0]
+        self.purge("2030-01-01T00:00:00Z")
+        write_rows(self.database, (f"INSERT INTO appointment_events VALUES ({', '.join('?' * len(row))})", row))
+        self.assertRegex(self.verify(), "^removed: |^changed: ")
+
+    def test_a_purge_that_was_interrupted_goes_on(self):
+        self.filled(1500)
+        with mock.patch.object(receiver, "PURGE_BLOCKS", 1), mock.patch.object(
+                receiver, "record_access", side_effect=[None, KeyboardInterrupt]), self.assertRaises(KeyboardInterrupt):
+            self.purge("2030-01-01T00:00:00Z")
+        left = rows(self.database, "SELECT count(*) FROM appointment_events")
+        self.assertEqual(left, 1500 - 256)
+        self.assertEqual(self.purge("2030-01-01T00:00:00Z"), left + 2)
+
+    def test_the_access_log_has_a_term_of_its_own(self):
+        self.filled(10)
+        self.assertEqual(self.purge("2030-01-01T00:00:00Z"), 12)
+        accesses = rows(self.database, "SELECT count(*) FROM access_log")
+        self.end(*self.running())
+        self.assertGreaterEqual(self.purge("2100-01-01T00:00:00Z", "access_log"), accesses)
+        self.end(*self.running())
+        self.assertEqual(self.verify(), "")
+
+    def test_purge_works_on_an_encrypted_database(self):
+        self.filled(300, receiver.Encryption(self.KEYS))
+        self.assertEqual(self.purge("2030-01-01T00:00:00Z"), 302)
+        self.assertEqual(self.verify(), "")
+
+
 class MigrationTest(EngineTest):
 
     def seed(self, *events_, table=PLAIN_TABLE):
@@ -8655,9 +8967,17 @@ class EncryptedServerTest(ServerTest):
         server = self.start(encryption_key_file=path)
         self.assertEqual(len(self.call(server).json["events"]), 2)
 
+    def engine_file(self):
+        """A database that is there."""
+        engine = SQLite(str(self.database))
+        engine.open()
+        engine.close()
+
     def test_what_rekey_cannot_do_is_one_line_and_exit_2(self):
         path = self.key_file("first")
-        for arguments, word in (((), "--encryption-key-file"), (("--encryption-key-file", path), "no such file"),
+        self.engine_file()
+        for arguments, word in ((("--database", self.database), "--encryption-key-file"),
+                                (("--encryption-key-file", path), "no such file"),
                                 (("--encryption-key-file", self.folder / "none"), "none"),
                                 (("--encryption-key-file", path, "--database", path), "not a SQLite database")):
             with self.subTest(arguments), mock.patch.dict(os.environ, {}):
@@ -11769,7 +12089,7 @@ class ShutdownTest(HTTPTest):
 # =============================================================================
 
 PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "System", "At rest", "Files", "SQLite", "Store",
-         "Log", "HTTP", "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
+         "Ledger", "Log", "HTTP", "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
 
 
 def can_connect(port):
@@ -12452,7 +12772,7 @@ class ServeTest(RunningTest):
                 self.assertEqual(server.returncode, 0)
                 self.assertFalse(Path(f"{self.database}-wal").exists())
                 self.assertEqual(rows(self.database), 1)
-                self.assertRegex(err, r"200 stored event_id=1 .*\n.*Service stopped\n\Z")
+                self.assertRegex(err, r"200 stored event_id=1 .*\n.* seal 1 sha256:\w{64}\n.*Service stopped\n\Z")
 
     @unittest.skipUnless(POSIX, "Windows knows no SIGHUP")
     def test_a_hang_up_goes_on_in_a_new_log_file_and_ends_nothing(self):

@@ -22,6 +22,7 @@ section uses only those above it:
     Files          the files of an SQLite database, and who else changes them
     SQLite         events in one file
     Store          one commit for all who wait, over any engine; who commits answers
+    Ledger         who looked, and seals that show whether anything was changed since
     Log            lines without patients' data, written in the background
     HTTP           bytes to a head and a body, an answer to bytes
     Credentials    does a signature or a token prove what it says
@@ -56,6 +57,7 @@ try:
     import errno
     import functools
     import gc
+    import getpass
     import hashlib
     import hmac
     import http.client
@@ -338,6 +340,10 @@ class Config:
     encryption_key_file: PathText = _file(
         "", "encrypt what is personal with the first key of this file; lines of ID:BASE64, made by keygen --encryption",
         _optional_text)
+    retention_days: int = _setting(
+        0, "remove events so many days after they came; 0 keeps all", _whole(0, 100000), "N")
+    access_log_retention_days: int = _setting(
+        0, "the same for the rows of the access log", _whole(0, 100000), "N")
     insecure: bool = _setting(
         False, "let other machines connect without --clients or without TLS (as a variable: yes)", _yes_or_no, "")
     rate_limit: int = _setting(
@@ -3295,7 +3301,7 @@ class Encryption:
         """Whether sign() with that key gave the signature; None where the key is not there."""
         if key_id not in self._signers:
             return None
-        return hmac.compare_digest(_hmac_of(self._signers[key_id], digest), signature or b"")
+        return isinstance(signature, bytes) and hmac.compare_digest(_hmac_of(self._signers[key_id], digest), signature)
 
 
 def _hmac_of(keyed: Any, data: bytes) -> bytes:
@@ -4220,6 +4226,18 @@ class SQLite:
             return self.last_id()
         with self.readers.reading() as connection:
             return connection.execute("SELECT count(*) FROM appointment_events").fetchone()[0]
+
+    def empty_wal(self, seconds: float = 10.0) -> bool:
+        """Move all that the WAL holds into the main file, and cut it: what was removed is in it, too. Whether that
+        could be done: readers keep it."""
+        ends_at = time.monotonic() + seconds
+        while True:
+            with self.lock, contextlib.suppress(sqlite3.Error):
+                if not self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                    return True
+            if time.monotonic() > ends_at:
+                return False
+            time.sleep(LOCK_STEP)
 
     def clear(self) -> None:
         """Write the file anew, so that nothing is left of what was deleted or replaced. For who is alone with it.
@@ -5580,6 +5598,464 @@ def _rehearse(session: Any) -> None:
 def _public(error: Exception) -> str:
     """What everybody may hear of an error."""
     return getattr(error, "public", "") or reason_of(error)
+
+
+# =============================================================================
+# Ledger: who looked, and seals that show whether anything was changed since. Knows SQL; nothing of HTTP.
+# =============================================================================
+
+SEAL_ROWS = 256                 # most rows of a block
+SEAL_BLOCKS = 64                # of one transaction
+SEAL_SECONDS = 1.0              # from a row to its seal
+TELL_SECONDS = 60.0             # between two lines with the newest digest
+PURGE_BLOCKS = 16               # of one transaction: some 20 ms, in which nobody else writes
+
+
+class Source(NamedTuple):
+    """A table that is sealed, the column that says when a row came, and what of it is sealed. Columns that
+    follow from these are not in it: they change with the encryption key."""
+    table: str
+    time: str
+    columns: tuple
+
+
+SOURCES = {source.table: source for source in (
+    Source("appointment_events", "received_at", ("id", *COLUMNS)),
+    Source("conflicting_events", "received_at", ("id", "event_id", "received_at", "client", "payload")),
+    Source("access_log", "at", ("id", "at", "client", "address", "action", "detail", "rows")),
+)}
+
+
+def canonical_row(values: Iterable) -> bytes:
+    """Values of SQLite as bytes that mean these values only: type and hexadecimal text of each."""
+    kinds = {type(None): "null", int: "integer", float: "real", str: "text", bytes: "blob"}
+    parts = []
+    for value in values:
+        data = value if isinstance(value, bytes) else b"" if value is None else str(value).encode("utf-8", "replace")
+        parts.append(f"{kinds[type(value)]}:{data.hex().upper()}")
+    return " ".join(parts).encode()
+
+
+def canonical_rows(connection: sqlite3.Connection, encryption: Optional[Encryption], source: Source, after: int,
+                   up_to: int, most: int) -> list:
+    """[(id, time, canonical_row() of what it means)] of rows in order of id. Without encryption SQLite makes the
+    texts, and the interpreter works on meanwhile."""
+    where = f"FROM {source.table} WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
+    if encryption is None:
+        text = " || ' ' || ".join(f"typeof({name}) || ':' || hex({name})" for name in source.columns)
+        rows = connection.execute(f"SELECT id, {source.time}, {text} {where}", (after, up_to, most)).fetchall()
+        return [(row_id, at, text.encode()) for row_id, at, text in rows]
+    at = source.columns.index(source.time)
+    rows = connection.execute(f"SELECT {', '.join(source.columns)} {where}", (after, up_to, most)).fetchall()
+    return [(row[0], row[at], canonical_row(_meaning(encryption, source.table, row))) for row in rows]
+
+
+def _meaning(encryption: Encryption, table: str, row: tuple) -> Sequence:
+    """The values of a row, decrypted; of one that cannot be, as they are, behind a mark."""
+    if table == "appointment_events":
+        event = encryption.event((*row[1:], row[0]))
+        return ("unreadable", *row) if isinstance(event, Unreadable) else (event.id, *event[:-1])
+    if table == "conflicting_events":
+        at, place = 4, conflict_place(row[1], row[2])
+    else:
+        at, place = 5, access_place(row[1], row[4], row[3])
+    if row[at] is None:
+        return row
+    try:
+        return (*row[:at], encryption.opened(row[at], place).decode(), *row[at + 1:])
+    except ValueError as error:
+        encryption.tell_unreadable(f"the row of {table}", row[0], error)
+        return ("unreadable", *row)
+
+
+def database_secret(connection: sqlite3.Connection, encryption: Optional[Encryption]) -> bytes:
+    """The random key of a database. Raises StoreUnavailable where it cannot be read."""
+    value, = connection.execute("SELECT value FROM database_keys WHERE name = 'database'").fetchone()
+    try:
+        return bytes(value) if encryption is None else encryption.opened(value, KEY_PLACE)
+    except ValueError as error:
+        raise StoreUnavailable(f"the key of the database cannot be read: {error}") from None
+
+
+class Seal(NamedTuple):
+    """One row of seals: SHA-256 over a block of rows, chained to the seal before."""
+    id: int
+    at: str
+    source: str
+    first_id: int
+    last_id: int
+    rows: int
+    content: bytes
+    digest: bytes
+    hmac: Optional[bytes] = None
+    key_id: Optional[str] = None
+    purged: Optional[str] = None
+
+    def chained(self, before: bytes) -> bytes:
+        """Its digest, behind a seal with the digest `before`."""
+        return hashlib.sha256(canonical_row((before, *self[:7], self.key_id))).digest()
+
+
+SEAL_COLUMNS = ", ".join(Seal._fields)
+
+
+def first_digest(secret: bytes) -> bytes:
+    """What the chain begins with: who has only a digest, out of a log, cannot try what it may be of."""
+    return hmac.digest(secret, b"seals", "sha256")
+
+
+def content_of(rows: list) -> bytes:
+    """SHA-256 over what canonical_rows() gave."""
+    return hashlib.sha256(b"\n".join(text for _, _, text in rows)).digest()
+
+
+def utc_now() -> str:
+    """As received_at: UTC with microseconds."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class _Stale(Exception):
+    """Another process has written to the ledger meanwhile."""
+
+
+class Ledger:
+    """Access log and seals of one store.
+
+    Rows are sealed in the background: read and hashed by a reader, and only the seals go through the writer, a
+    transaction for up to 64 blocks. A block covers all ids behind the one before it, so that a row that is put
+    into a gap later belongs to a block, too.
+    """
+
+    def __init__(self, store: Store, tell: Callable[[str], Any], on_error: Callable[[str], Any] = _no_error) -> None:
+        """tell(text) hears the newest digest, for a copy elsewhere."""
+        self._store, self._engine, self._tell = store, store.engine, tell
+        self._loop = Loop("ledger", self._step, SEAL_SECONDS, on_error)
+        self._newest: Optional[Seal] = None
+        self._sealed: dict = {}         # table: the id up to which it is sealed
+        self._digest = self._secret = b""
+        self._told_at, self._told = 0.0, 0
+
+    def start(self) -> None:
+        """Begin: what is there is sealed as it is found. Raises StoreUnavailable."""
+        self._load()
+        self._loop.start()
+        self._loop.wake()
+
+    def stop(self) -> None:
+        """Seal the rest. The store must still work."""
+        self._loop.stop()
+        with contextlib.suppress(StoreUnavailable):
+            self._seal()
+            self._tell_newest()
+
+    # -- who looked
+
+    def record(self, action: str, client: Optional[str] = None, address: Optional[str] = None,
+               detail: Optional[str] = None, rows: Optional[int] = None) -> None:
+        """A row of the access log, on disk when this returns. Raises StoreUnavailable."""
+        record = functools.partial(record_access, utc_now(), action, client, address, detail, rows)
+        self._store.do(lambda session: record(session, self._engine.encryption))
+
+    def hidden(self, text: str) -> str:
+        """What stands for a personal value: the same for the same value, in this database only."""
+        return "hmac:" + hmac.digest(self._secret, b"access\0" + text.encode(), "sha256")[:16].hex()
+
+    # -- sealing
+
+    def _load(self) -> None:
+        with self._engine.readers.reading() as connection:
+            self._secret = database_secret(connection, self._engine.encryption)
+            newest = connection.execute(f"SELECT {SEAL_COLUMNS} FROM seals ORDER BY id DESC LIMIT 1").fetchone()
+            sealed = connection.execute("SELECT source, max(last_id) FROM seals GROUP BY source").fetchall()
+        self._newest = newest and Seal._make(newest)
+        self._digest = self._newest.digest if newest else first_digest(self._secret)
+        self._sealed = {**dict.fromkeys(SOURCES, 0), **dict(sealed)}
+
+    def _step(self) -> None:
+        with contextlib.suppress(StoreUnavailable):     # the store tells of it; the next step goes on from here
+            self._seal()
+
+    def _seal(self) -> None:
+        """Seal all that is there. Raises StoreUnavailable."""
+        while True:
+            seals = self._next_seals()
+            if seals:
+                try:
+                    self._store.do(functools.partial(self._keep, seals))
+                except _Stale:
+                    self._load()
+                    continue
+                self._newest, self._digest = seals[-1], seals[-1].digest
+                self._sealed.update((seal.source, seal.last_id) for seal in seals)
+            if len(seals) < SEAL_BLOCKS:
+                break
+        if time.monotonic() - self._told_at >= TELL_SECONDS:
+            self._tell_newest()
+
+    def _next_seals(self) -> list:
+        """At most SEAL_BLOCKS seals of what is not sealed, each read by itself."""
+        seals: list = []
+        number, digest, signer = self._newest.id if self._newest else 0, self._digest, self._engine.encryption
+        for source in SOURCES.values():
+            last = self._sealed[source.table]
+            while len(seals) < SEAL_BLOCKS:
+                with self._engine.readers.reading() as connection:
+                    rows = canonical_rows(connection, signer, source, last, 2 ** 63 - 1, SEAL_ROWS)
+                if not rows:
+                    break
+                number += 1
+                seal = Seal(number, utc_now(), source.table, last + 1, rows[-1][0], len(rows), content_of(rows), b"",
+                            key_id=signer and signer.key_id)
+                digest = seal.chained(digest)
+                seals.append(seal._replace(digest=digest, hmac=signer and signer.sign(digest)))
+                last = rows[-1][0]
+        return seals
+
+    def _keep(self, seals: list, session: Session) -> None:
+        newest = session.execute("SELECT id, digest FROM seals ORDER BY id DESC LIMIT 1").fetchone()
+        if newest != (self._newest and (self._newest.id, self._newest.digest)):
+            raise _Stale
+        marks = ", ".join("?" * len(Seal._fields))
+        for seal in seals:
+            session.execute(f"INSERT INTO seals ({SEAL_COLUMNS}) VALUES ({marks})", seal)
+
+    def _tell_newest(self) -> None:
+        if self._newest is not None and self._newest.id != self._told:
+            self._told_at, self._told = time.monotonic(), self._newest.id
+            self._tell(f"seal {self._newest.id} sha256:{self._newest.digest.hex()}")
+
+
+def record_access(at: str, action: str, client: Optional[str], address: Optional[str], detail: Optional[str],
+                  rows: Optional[int], session: Session, encryption: Optional[Encryption]) -> None:
+    """Put a row into the access log."""
+    kept: Any = detail
+    if encryption is not None and detail is not None:
+        kept = encryption.sealed(detail.encode(), access_place(at, action, address))
+    session.execute("INSERT INTO access_log (at, client, address, action, detail, rows) VALUES (?, ?, ?, ?, ?, ?)",
+                    (at, client, address, action, kept, rows))
+
+
+# -- verify
+
+class Mismatch(Exception):
+    """Something is not as it was sealed; the text says what."""
+
+
+class Verification:
+    """Recomputes all seals of a database, in short reads, beside whoever writes."""
+
+    def __init__(self, connection: sqlite3.Connection, encryption: Optional[Encryption]) -> None:
+        self._connection, self._encryption = connection, encryption
+        self._digest = first_digest(database_secret(connection, encryption))
+        self._last: dict = dict.fromkeys(SOURCES, 0)
+        self.rows: Counter = Counter()
+        self.number, self.sealed_up_to, self.unsigned = 0, "", 0
+        self._purged: list = []         # seals whose rows are gone
+
+    def run(self, known: dict, on_seal: Callable[[int], Any] = lambda number: None) -> None:
+        """Check all. `known` is {number: digest} out of logs. Raises Mismatch."""
+        while self._check_next(known):
+            on_seal(self.number)
+        missing = [number for number in known if number > self.number]
+        used, = self._connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'seals'").fetchone()
+        if missing or (used or 0) > self.number:
+            raise Mismatch(f"removed: seals behind number {self.number}")
+        self._check_purges()
+
+    def _check_next(self, known: dict) -> bool:
+        """Check some seals in one snapshot: a purge takes rows and marks their seals at once."""
+        self._connection.execute("BEGIN")
+        try:
+            rows = self._connection.execute(f"SELECT {SEAL_COLUMNS} FROM seals WHERE id > ? ORDER BY id LIMIT 100",
+                                            (self.number,)).fetchall()
+            for row in rows:
+                self._check(Seal._make(row), known)
+            return bool(rows)
+        finally:
+            self._connection.execute("COMMIT")
+
+    def _check(self, seal: Seal, known: dict) -> None:
+        where = f"seal {seal.id} ({seal.source} {seal.first_id} to {seal.last_id}, sealed {seal.at})"
+        if seal.id != self.number + 1:
+            raise Mismatch(f"removed: seals between {self.number} and {seal.id}")
+        try:
+            is_whole = seal.chained(self._digest) == seal.digest and seal.first_id == self._last[seal.source] + 1
+        except (KeyError, TypeError):
+            is_whole = False
+        if not is_whole:
+            raise Mismatch(f"changed: {where} itself")
+        if known.get(seal.id, seal.digest) != seal.digest:
+            raise Mismatch(f"changed: history up to {where} was rewritten, as its digest was another one")
+        self._check_signature(seal, where)
+        self._check_rows(seal, where)
+        self.number, self._digest, self._last[seal.source] = seal.id, seal.digest, seal.last_id
+        self.sealed_up_to = max(self.sealed_up_to, seal.at)
+
+    def _check_signature(self, seal: Seal, where: str) -> None:
+        fits = None
+        if self._encryption is not None and seal.key_id is not None:
+            fits = self._encryption.fits(seal.key_id, seal.digest, seal.hmac)
+        if fits is None:
+            self.unsigned += 1
+        if fits is False or seal.key_id is None and seal.hmac is not None:
+            raise Mismatch(f"changed: {where} is not signed by its key")
+
+    def _check_rows(self, seal: Seal, where: str) -> None:
+        source = SOURCES[seal.source]
+        rows = canonical_rows(self._connection, self._encryption, source, seal.first_id - 1, seal.last_id,
+                              seal.rows + SEAL_ROWS)
+        if seal.purged is not None and not rows:
+            self._purged.append(seal)
+            return
+        kind = ""
+        if len(rows) != seal.rows:
+            kind = "removed" if len(rows) < seal.rows else "put in"
+        elif content_of(rows) != seal.content or seal.purged is not None:
+            kind = "changed"
+        elif self._derived_misfits(source, rows):
+            kind = "changed"
+        if kind:
+            times = f"{rows[0][1]} to {rows[-1][1]}" if rows else "no row is left"
+            raise Mismatch(f"{kind}: rows of {where}: {len(rows)} are there ({times}), {seal.rows} were sealed")
+        self.rows[seal.source] += len(rows)
+
+    def _derived_misfits(self, source: Source, rows: list) -> bool:
+        """Whether a column that is not sealed, as it follows from others, does not do so."""
+        encryption, ids = self._encryption, (rows[0][0], rows[-1][0])
+        if source.table == "conflicting_events":
+            found = self._connection.execute("SELECT event_id, received_at, payload, digest FROM conflicting_events "
+                                             "WHERE id BETWEEN ? AND ?", ids)
+            return any(not self._fits_digest(*row) for row in found)
+        if source.table != "appointment_events":
+            return False
+        if encryption is None:
+            return self._connection.execute("SELECT 1 FROM appointment_events WHERE id BETWEEN ? AND ? AND "
+                                            "patient_hmac IS NOT NULL LIMIT 1", ids).fetchone() is not None
+        found = self._connection.execute(f"SELECT {', '.join(COLUMNS)}, id, patient_hmac FROM appointment_events "
+                                         "WHERE id BETWEEN ? AND ?", ids)
+        return any(not isinstance(event, Unreadable) and index not in encryption.indexes_of(event.patient_id)
+                   for event, index in ((encryption.event(row[:-1]), row[-1]) for row in found))
+
+    def _fits_digest(self, event_id: int, received_at: str, payload: Any, digest: Any) -> bool:
+        if self._encryption is None:
+            return digest == content_digest(payload)
+        try:
+            payload = self._encryption.opened(payload, conflict_place(event_id, received_at)).decode()
+        except ValueError:
+            return True                                 # it was sealed as such
+        return digest in self._encryption.indexes_of(content_digest(payload).hex())
+
+    def _check_purges(self) -> None:
+        """Rows are gone only where a row of the access log says so; unless that was purged itself."""
+        told, oldest = set(), ""
+        for at, action, address, value in self._connection.execute(
+                "SELECT at, action, address, detail FROM access_log WHERE action = 'purge'"):
+            try:
+                detail = value if self._encryption is None else self._encryption.opened(
+                    value, access_place(at, action, address)).decode()
+                for first, end in json.loads(detail)["seals"]:
+                    told.update(range(first, end))
+            except (ValueError, KeyError, TypeError):
+                raise Mismatch("changed: a purge in access_log") from None
+        for seal in self._purged:
+            if seal.source == "access_log":
+                oldest = max(oldest, seal.purged)
+        for seal in self._purged:
+            if seal.id not in told and seal.purged > oldest:
+                raise Mismatch(f"removed: rows of seal {seal.id} ({seal.source} {seal.first_id} to {seal.last_id}), "
+                               "and no purge in access_log tells of it")
+
+    def summary(self) -> str:
+        """What was found, when all is well."""
+        rows = self.rows
+        text = (f"ok: {rows['appointment_events']} events, {rows['conflicting_events']} conflicts, "
+                f"{rows['access_log']} accesses, ")
+        text += f"sealed up to {self.sealed_up_to}" if self.number else "nothing is sealed yet"
+        if self._purged:
+            text += f"; the rows of {len(self._purged)} seals were purged"
+        if self.unsigned:
+            text += f"; of {self.unsigned} seals only the chain was checked, as they are signed with no key that is here"
+        return text
+
+
+# -- purge
+
+PURGED_TABLES = ("appointment_events", "conflicting_events")
+
+
+def purge_database(path: str, encryption: Optional[Encryption], before: str, tables: Iterable,
+                   client: Optional[str] = None) -> int:
+    """As purge(), of a file. Raises SetupError."""
+    engine = SQLite(path, encryption=encryption)
+    engine.open()
+    try:
+        return purge(engine, before, tables, client)
+    except StoreUnavailable as error:
+        raise SetupError(f"database {path}: {error}") from None
+    finally:
+        engine.close()
+
+
+def patiently(engine: SQLite, work: Callable[[Session], Any], seconds: float = 60.0) -> Any:
+    """work(session) in a transaction of an engine, waiting for locks of others. Raises StoreUnavailable."""
+    ends_at = time.monotonic() + seconds
+    while True:
+        try:
+            with engine.transaction() as session:
+                return work(session)
+        except StoreLocked:
+            if time.monotonic() > ends_at:
+                raise
+            time.sleep(LOCK_STEP)
+
+
+def purge(engine: SQLite, before: str, tables: Iterable, client: Optional[str] = None) -> int:
+    """Remove whole sealed blocks whose every row came before a time (canonical UTC), from `tables`; how many rows.
+    In short transactions, between which others write; their seals stay. Raises StoreUnavailable."""
+    removed = 0
+    for table in tables:
+        step = functools.partial(_purge_blocks, SOURCES[table], before.rstrip("Z"), client, engine.encryption)
+        last: Optional[int] = 0
+        while last is not None:
+            last, rows = patiently(engine, functools.partial(step, last))
+            removed += rows
+    engine.empty_wal()
+    return removed
+
+
+def _purge_blocks(source: Source, before: str, client: Optional[str], encryption: Optional[Encryption], last: int,
+                  session: Session) -> tuple:
+    """(number of the last seal that was looked at, None at the end; how many rows went) of one transaction."""
+    session.execute("PRAGMA secure_delete = ON")
+    seals = session.execute("SELECT id, first_id, last_id, rows FROM seals WHERE id > ? AND source = ? AND purged IS NULL "
+                            "ORDER BY id LIMIT ?", (last, source.table, PURGE_BLOCKS)).fetchall()
+    gone, removed, now = [], 0, utc_now()
+    for number, first, end, rows in seals:
+        count, newest = session.execute(f"SELECT count(*), max(rtrim({source.time}, 'Z')) FROM {source.table} "
+                                        "WHERE id BETWEEN ? AND ?", (first, end)).fetchone()
+        if count != rows:                               # who has changed it must not be covered up
+            continue
+        if newest >= before:
+            seals = []                                  # what follows came later
+            break
+        removed += session.execute(f"DELETE FROM {source.table} WHERE id BETWEEN ? AND ?", (first, end)).rowcount
+        session.execute("UPDATE seals SET purged = ? WHERE id = ?", (now, number))
+        gone.append(number)
+    if gone:
+        detail = json.dumps({"table": source.table, "before": before + "Z", "seals": _number_runs(gone)})
+        record_access(now, "purge", client, None, detail, removed, session, encryption)
+    return (seals[-1][0] if len(seals) == PURGE_BLOCKS else None), removed
+
+
+def _number_runs(numbers: list) -> list:
+    """[[first, end]] of ranges that hold exactly `numbers`, which go up."""
+    runs: list = []
+    for number in numbers:
+        if runs and runs[-1][1] == number:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, number + 1])
+    return runs
 
 
 # =============================================================================
@@ -7293,9 +7769,11 @@ class Strikes:
 
 
 class Caller(NamedTuple):
-    """On whose behalf a request is done: the name of a client, "" where nobody is known, and their store."""
+    """On whose behalf a request is done: the name of a client, "" where nobody is known, their store, and the
+    ledger that says who has looked; None where nobody has a name."""
     name: str
     store: Any
+    ledger: Any = None
 
 
 NOBODY = Caller("", None)       # of a request that is refused before anybody looked who it is
@@ -7469,13 +7947,13 @@ class Evidence(NamedTuple):
 class Access:
     """Who may do what, by a clients file."""
 
-    def __init__(self, clients: list, tokens: Optional[Tokens], store_of: Callable[[str], Any],
+    def __init__(self, clients: list, tokens: Optional[Tokens], nobody_of: Callable[[str], Optional[Caller]],
                  rate_limit: float) -> None:
-        """`store_of(tenant)` is a tenant's store, None where there is no such tenant; `rate_limit` requests a
-        second for unknown addresses."""
-        self._tokens, self._store_of = tokens, store_of
-        self._nobody = Caller("", store_of(""))
-        self._callers = {client: Caller(client.name, store_of(client.tenant)) for client in clients}
+        """`nobody_of(tenant)` is a Caller of a tenant without a name, None where there is no such tenant;
+        `rate_limit` requests a second for unknown addresses."""
+        self._tokens, self._nobody_of = tokens, nobody_of
+        self._nobody = nobody_of("")
+        self._callers = {client: nobody_of(client.tenant)._replace(name=client.name) for client in clients}
         self._limit = _limit_of(rate_limit)
         # A look-up by a digest tells nobody by its time how near to a key a guess was
         self._by_key = {key: client for client in clients for key in client.keys}
@@ -7506,14 +7984,13 @@ class Access:
         tenant = _tenant_asked_for(head, role)
         if tenant is None:
             return caller, check
-        store = self._store_of(tenant)
-        caller = caller._replace(store=store)
         if client.tenant or "admin" not in client.roles:
             # Whether there is such a tenant is nobody else's business
             return caller, lambda request: _deny("Only an admin of the default tenant may name another")
-        if store is None:
+        asked = self._nobody_of(tenant)
+        if asked is None:
             return caller, lambda request: _say_unknown_tenant()
-        return caller, check
+        return asked._replace(name=client.name), check
 
     def _evidence(self, head: Head) -> Evidence:
         clients, token, bearer, shown = [], "", None, []
@@ -7740,11 +8217,35 @@ class Request(Submission):
         self.connection.deliver(self, outcome)
 
 
+class Account:
+    """What the access log gets of one read, before the data goes out; nothing where nobody has a name."""
+
+    def __init__(self, request: Request, asked: dict, personal: Iterable) -> None:
+        """`asked` is what was asked for, {name: value}, of which the values of `personal` names are hidden."""
+        self._ledger, self._client, self._address = request.caller.ledger, request.caller.name, request.address
+        if self._ledger is not None:
+            shown = {name: self._ledger.hidden(str(value)) if name in personal else value
+                     for name, value in asked.items()}
+            self._detail = json.dumps(shown)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether anything is written."""
+        return self._ledger is not None
+
+    def note(self, action: str, rows: Optional[int]) -> None:
+        """On disk when it returns. Raises StoreUnavailable: then nothing may go out."""
+        if self._ledger is not None:
+            self._ledger.record(action, self._client, self._address, self._detail, rows)
+
+
 class Reading:
     """A read of stored events, in pieces. Each is made in a turn of its own, which ends before it is sent."""
 
-    def __init__(self, store: Store, heavy: Turns, wanted: Filter, after: int) -> None:
+    def __init__(self, store: Store, heavy: Turns, wanted: Filter, after: int, account: Account) -> None:
         self._store, self._heavy, self._wanted, self._after = store, heavy, wanted, after
+        self._account = account
+        self.rows = 0                                   # that have been made
 
     def page(self, limit: int, given: dict) -> Iterator[bytes]:
         """A page of JSON: `limit` events, fewer where they are large or take long to find; `next` goes on by
@@ -7759,6 +8260,7 @@ class Reading:
                 line = event_text(event)
                 text += f", {line}" if count else line
                 count, size, after = count + 1, size + len(line), event.id
+                self.rows = count
             if following is None and time.monotonic() > ends_at:
                 following = looked_at
             if following is not None:
@@ -7777,6 +8279,7 @@ class Reading:
         for events, _ in self._store.steps(self._wanted, self._after, self._store.last_id(), ROWS_A_STEP):
             events = events[:left]
             left -= len(events)
+            self.rows += len(events)
             if events:
                 yield lines(events)
             if not left:
@@ -7785,12 +8288,25 @@ class Reading:
                 raise StoreUnavailable(f"it took longer than {READ_SECONDS:g} seconds; go on with after=")
 
     def response(self, pieces: Iterator[bytes], content_type: str) -> Response:
-        """A Response of pieces: with its length where there is only one."""
+        """A Response of pieces: with its length where there is only one. Raises StoreUnavailable."""
         pieces = self._in_turns(pieces)
+        if self._account.is_kept and content_type == MEDIA_TYPES["application/json"]:
+            pieces = iter([b"".join(pieces)])           # a page, which is counted before it is sent
         first, second = next(pieces, b""), next(pieces, None)
         if second is None:
+            if self.rows or not self._after:            # who asks again and again for what is new has seen nothing
+                self._account.note("read", self.rows)
             return Response(200, first, content_type, note="read")
-        return Response(200, itertools.chain((first, second), pieces), content_type, note="read")
+        self._account.note("read", None)
+        pieces = itertools.chain((first, second), pieces)
+        return Response(200, self._to_its_end(pieces), content_type, note="read")
+
+    def _to_its_end(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        try:
+            yield from pieces
+        finally:
+            with contextlib.suppress(StoreUnavailable): # that it began is written
+                self._account.note("read-end", self.rows)
 
     def _in_turns(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         while True:
@@ -7885,7 +8401,9 @@ class Endpoints:
 
     def show_event(self, request: Request, event_id: int) -> Response:
         """GET /webhook/appointments/{event_id}."""
+        account = Account(request, {"id": event_id}, ())
         event = request.caller.store.event(event_id)
+        account.note("read", int(event is not None))
         if event is None:
             raise Refusal(404, "There is no event with this id")
         return Response(200, event_text(event).encode(), note="read", event_id=event_id)
@@ -7899,7 +8417,8 @@ class Endpoints:
             raise Refusal(406, f"Events come as {', '.join(MEDIA_TYPES)}")
         values = self._values(given)
         wanted = Filter(*map(values.get, Filter._fields))
-        reading = Reading(request.caller.store, self.heavy, wanted, values.get("after", 0))
+        account = Account(request, given, self.rules.contract.personal_fields)
+        reading = Reading(request.caller.store, self.heavy, wanted, values.get("after", 0), account)
         limit = values.get("limit")
         if media_type == "application/json":
             if limit is not None and limit > MAX_LIMIT:
@@ -8015,6 +8534,8 @@ class Endpoints:
     def failed(self, request: Request, error: Exception) -> Response:
         """The answer to an exception: a Refusal's own, 503 if the store cannot work now, else a bug's 500."""
         if isinstance(error, Refusal):
+            if error.status == 403 and request.caller.name:
+                self._record_refusal(request)
             return self.refused(request, error)
         if isinstance(error, StoreUnavailable):
             message = f"This cannot be done now: {error.public}; try again"
@@ -8022,6 +8543,12 @@ class Endpoints:
         self.log.exception("Unexpected error", request.id, error)
         message = "Unexpected error; see the log entry with this request id"
         return self.refused(request, Refusal(500, message, close=True))
+
+    def _record_refusal(self, request: Request) -> None:
+        """Who is known and tries what they may not do is in the access log."""
+        caller, ruling = request.caller, request.ruling
+        with contextlib.suppress(StoreUnavailable):     # the log has it, too
+            caller.ledger.record("refused", caller.name, request.address, f"{ruling.method} {ruling.pattern}")
 
     def note(self, request: Request, status: int, level: str, note: str, event_id: Optional[int]) -> None:
         """The one place where a request ends: log it. Hot path."""
@@ -8831,6 +9358,8 @@ class Poller:
                 ruling.check(request)
             endpoints.receive_event(request)
         except Refusal as refusal:
+            if refusal.status == 403:                   # goes into the access log, for which we may not wait
+                return False
             request.refusal = refusal
         store = request.caller.store
         if owes and request.refusal is not None:
@@ -9757,11 +10286,13 @@ class Stores:
     so that no lock, no failure and no id of one shows in another. Once open they stay so until stop()."""
     TENANT_CACHE_KIB = 8192             # of pages: fifty tenants may have as many databases
 
-    def __init__(self, config: Config, make: Callable[[SQLite, str], Store]) -> None:
-        """`make(engine, tenant)` gives a Store that has not been opened."""
-        self._database, self._make = config.database, make
+    def __init__(self, config: Config, make: Callable[[SQLite, str], Store], tell: Callable[[str], Any],
+                 on_error: Callable[[str], Any]) -> None:
+        """`make(engine, tenant)` gives a Store that has not been opened; tell(text) hears the seals."""
+        self._database, self._make, self._tell, self._on_error = config.database, make, tell, on_error
         self.default = make(SQLite(config.database), "")
         self._open: dict = {}           # tenant: Store
+        self._ledgers: dict = {}        # tenant: its Ledger
 
     def open(self, tenants: Iterable, encryption: Optional[Encryption]) -> list:
         """Open and start those that are not, and have all use these keys. Returns what opening had to tell, line
@@ -9781,18 +10312,35 @@ class Stores:
                     opened[tenant] = store
                     store.start()
                     notes += store.engine.notes
-        except BaseException:
+            ledgers = {tenant: Ledger(store, functools.partial(self._tell_seal, tenant), self._on_error)
+                       for tenant, store in opened.items()}
+            for ledger in ledgers.values():
+                ledger.start()
+        except BaseException as error:
             for store in opened.values():
                 store.stop()
+            if isinstance(error, StoreUnavailable):
+                raise SetupError(f"database: {error}") from None
             raise
-        self._open = {**self._open, **opened}
+        self._open, self._ledgers = {**self._open, **opened}, {**self._ledgers, **ledgers}
         for store in self._open.values():
             store.engine.encryption = encryption
         return notes
 
-    def of(self, tenant: str) -> Optional[Store]:
-        """The store of a tenant; None where none is open."""
-        return self._open.get(tenant)
+    def nobody_of(self, tenant: str) -> Optional[Caller]:
+        """A Caller of a tenant without a name; None where there is no such tenant."""
+        if tenant not in self._open:
+            return None
+        return Caller("", self._open[tenant], self._ledgers[tenant])
+
+    def _tell_seal(self, tenant: str, text: str) -> None:
+        self._tell(text + f" of {tenant}" * bool(tenant))
+
+    def purge(self, days: int, tables: Iterable) -> int:
+        """Remove from all what came more than so many days ago; how many rows. Raises SetupError."""
+        before = (datetime.now(timezone.utc) - timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        return sum(purge_database(store.engine.path, store.engine.encryption, before, tables)
+                   for store in list(self._open.values()))
 
     def checks_for(self, store: Store) -> dict:
         """The checks of /health of the databases that may be seen by who uses `store`."""
@@ -9803,7 +10351,9 @@ class Stores:
         return checks
 
     def stop(self) -> None:
-        """Commit what was submitted, and close them all."""
+        """Seal the rest, commit what was submitted, and close them all."""
+        for ledger in self._ledgers.values():
+            ledger.stop()
         for store in {self.default, *self._open.values()}:
             store.stop()
 
@@ -9937,7 +10487,8 @@ class WebhookServer:
             self._callbacks = Callbacks(on_event, self.log)
             on_stored = self._callbacks.put
         self._stores = Stores(config, lambda engine, tenant: Store(
-            engine, config.busy_timeout, on_stored, functools.partial(self._tell_trouble, tenant), self._tell_bug))
+            engine, config.busy_timeout, on_stored, functools.partial(self._tell_trouble, tenant), self._tell_bug),
+            lambda text: self.log.line("INFO", text), self._tell_bug)
         self._checks = self._own_checks()
         self._endpoints = Endpoints(config, self.log, self._checks_of)
         self._clock = Clock(self._tell_bug)
@@ -10002,6 +10553,11 @@ class WebhookServer:
             self.log.line("WARNING", warning)
         if self._callbacks is not None:
             self._callbacks.start()
+        if self.config.retention_days or self.config.access_log_retention_days:
+            purging = Loop("retention", self._purge_old, 86400.0, self._tell_bug)
+            running.callback(purging.stop)
+            purging.start()
+            purging.wake()
         self._clock.every(REAP_SECONDS, "reaper", server.expire)
         self._clock.start()
         running.callback(self._clock.stop)
@@ -10017,7 +10573,7 @@ class WebhookServer:
     def _make_rules(self, files: FilesRead, loopback: bool) -> Rules:
         access: Any = OpenAccess(self.store, self.config.rate_limit)
         if files.clients is not None:
-            access = Access(files.clients.clients, files.tokens, self._stores.of, self.config.rate_limit)
+            access = Access(files.clients.clients, files.tokens, self._stores.nobody_of, self.config.rate_limit)
         redactor = Redactor(self.config.log_payloads, files.contract.personal_fields)
         return Rules(self.config, files.contract, files.schema_text, redactor, access, files.tls,
                      self._endpoints, loopback)
@@ -10041,6 +10597,11 @@ class WebhookServer:
         self._files, before = files, self._files
         before.end()
         self.log.line("INFO", f"Reloaded: {files.summary()}")
+        if files.clients is not None:
+            try:
+                self._stores.nobody_of("").ledger.record("reload", detail=files.summary())
+            except StoreUnavailable as error:
+                self.log.line("ERROR", f"The reload is not in the access log: {error}")
         return True
 
     def _checks_of(self, store: Store) -> dict:
@@ -10096,6 +10657,17 @@ class WebhookServer:
         cut = server.stop(self.config.shutdown_timeout, self._tell_wait)
         if cut:
             self.log.line("WARNING", f"connections cut after {self.config.shutdown_timeout:g} seconds: {cut}")
+
+    def _purge_old(self) -> None:
+        """The daily removal of what is too old."""
+        terms = ((self.config.retention_days, PURGED_TABLES, "events and conflicts"),
+                 (self.config.access_log_retention_days, ("access_log",), "rows of the access log"))
+        for days, tables, what in terms:
+            if days:
+                try:
+                    self.log.line("INFO", f"Removed {self._stores.purge(days, tables)} {what} older than {days} days")
+                except SetupError as error:
+                    self.log.line("ERROR", f"What is older than {days} days could not be removed: {error}")
 
     def _tell_wait(self, whom: str) -> None:
         self.log.line("INFO", f"Stop waits for {whom}; {self.config.shutdown_timeout:g} s at most")
@@ -10458,35 +11030,109 @@ def run_keygen(options: argparse.Namespace) -> int:
     return EXIT_FINE
 
 
-# -- rekey
+# -- verify, purge
 
-def _add_rekey(parser: argparse.ArgumentParser) -> None:
+def _add_database(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--database", metavar="FILE", help="SQLite file (default: WEBHOOK_DATABASE, or appointments.db)")
     parser.add_argument("--encryption-key-file", metavar="FILE",
-                        help="the keys: the first encrypts, all decrypt (default: WEBHOOK_ENCRYPTION_KEY_FILE)")
+                        help="its keys (default: WEBHOOK_ENCRYPTION_KEY_FILE)")
 
 
-def run_rekey(options: argparse.Namespace) -> int:
-    """Encrypt all that is personal with the first key; 1 if something cannot be decrypted."""
+def _database_of(options: argparse.Namespace) -> tuple:
+    """(path, Encryption or None) of a command about a database that is there. Raises SetupError."""
     names = ("database", "encryption_key_file")
     environment = {variable_of(name): os.environ.get(variable_of(name), "") for name in names}
     config = Config.read({name: getattr(options, name) for name in names}, environment)
-    if not config.encryption_key_file:
-        raise SetupError("rekey: --encryption-key-file is missing")
     if not os.path.isfile(config.database):
         raise SetupError(f"database {config.database}: there is no such file")
-    encryption = Encryption(read_encryption_keys(config.encryption_key_file), tell=_complain)
-    engine = SQLite(config.database, encryption=encryption, takes_over=True)
-    _refuse_company(config.database)
+    encryption = None
+    if config.encryption_key_file:
+        encryption = Encryption(read_encryption_keys(config.encryption_key_file), tell=_complain)
+    return config.database, encryption
+
+
+def _operator() -> str:
+    """Who is at the keyboard, for the access log."""
+    try:
+        return f"os:{printable(getpass.getuser(), 64)}"
+    except (KeyError, OSError, ImportError):            # a user without a name
+        return "os:?"
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    _add_database(parser)
+    parser.add_argument("--seal", metavar="N:DIGEST", action="append", default=[],
+                        help="a seal as the log has it: the history up to it must not be another one (repeat)")
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Recompute all seals; 1 where something was changed."""
+    known = {}
+    for text in options.seal:
+        match = re.fullmatch(r"([0-9]{1,18}):(?:sha256:)?([0-9a-fA-F]{64})", text)
+        if not match:
+            raise SetupError(f"--seal: {printable(text)} is not N:DIGEST, such as 1204:sha256:5f0a…")
+        known[int(match[1])] = bytes.fromhex(match[2])
+    path, encryption = _database_of(options)
+    engine = SQLite(path, encryption=encryption)
+    engine.open()
+    try:
+        with engine.readers.reading() as connection:
+            verification = Verification(connection, encryption)
+            try:
+                verification.run(known, lambda number: _show_progress("seal", number))
+                text, code = verification.summary(), EXIT_FINE
+            except Mismatch as error:
+                text, code = str(error), EXIT_NO
+        record = functools.partial(record_access, utc_now(), "verify", _operator(), None, text, None)
+        patiently(engine, lambda session: record(session, encryption))
+    except StoreUnavailable as error:
+        raise SetupError(f"database {path}: {error}") from None
+    finally:
+        engine.close()
+    print(text)
+    return code
+
+
+def _add_purge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--before", metavar="DATE", required=True,
+                        help="what was received before this date, or date and time, is removed (UTC)")
+    _add_database(parser)
+
+
+def run_purge(options: argparse.Namespace) -> int:
+    """Remove what is older than a date."""
+    text = options.before
+    try:
+        before = canonical_timestamp(text if len(text) > 10 else text + "T00:00:00Z")
+    except ValueError:
+        raise SetupError(f"--before: {printable(text)} is no date such as 2020-01-31") from None
+    path, encryption = _database_of(options)
+    print(f"{purge_database(path, encryption, before, PURGED_TABLES, _operator())} rows removed")
+    return EXIT_FINE
+
+
+# -- rekey
+
+def run_rekey(options: argparse.Namespace) -> int:
+    """Encrypt all that is personal with the first key; 1 if something cannot be decrypted."""
+    path, encryption = _database_of(options)
+    if encryption is None:
+        raise SetupError("rekey: --encryption-key-file is missing")
+    _refuse_company(path)
+    engine = SQLite(path, encryption=encryption, takes_over=True)
     engine.open()
     try:
         rekeying = Rekeying(engine)
         rekeying.run(_show_progress)
+        told = f"{rekeying.moved} rows encrypted with {encryption.key_id}"
+        record = functools.partial(record_access, utc_now(), "rekey", _operator(), None, told, rekeying.moved)
+        patiently(engine, lambda session: record(session, encryption))
     except StoreUnavailable as error:
         raise SetupError(f"{error}; begin again: what is done stays done") from None
     finally:
         engine.close()
-    print(f"{rekeying.moved} rows encrypted with {encryption.key_id}")
+    print(told)
     if rekeying.unreadable:
         _complain(f"{rekeying.unreadable} rows cannot be decrypted and stayed as they are")
         return EXIT_NO
@@ -10704,12 +11350,22 @@ COMMANDS = (
             "Bearer KEY', and the entry of the clients file that knows it by its SHA-256\n"
             "alone. Or a fresh secret. It is printed once and kept nowhere.",
             _add_keygen),
+    Command("verify", run_verify, "prove that nothing was changed since it was sealed",
+            "Recompute the seals over all events, conflicts and accesses, also beside a\n"
+            "running service. Exit 0: all is as it was sealed, 1: something was changed,\n"
+            "removed or put in, and the first such block is named.",
+            _add_verify),
+    Command("purge", run_purge, "remove old events",
+            "Remove whole blocks of events and conflicts that were received before a date,\n"
+            "also beside a running service. Their seals stay, so that verify still holds;\n"
+            "up to 255 older rows may stay. The access log is not touched.",
+            _add_purge),
     Command("rekey", run_rekey, "encrypt a database, or with a new key",
             "Encrypt what is personal with the first key of the key file: all of a database\n"
             "that was not encrypted (stop the service first), or what has an older key (a\n"
             "service that was reloaded may run beside it). Can be interrupted and started\n"
             "again. Exit 0: all is encrypted, 1: something cannot be decrypted.",
-            _add_rekey),
+            _add_database),
     Command("bench", run_bench, "measure how fast it is on this machine",
             "Start a server on a temporary database, load it from another process, print\n"
             "requests a second and latencies, and compare the rows in the database with\n"
