@@ -4807,9 +4807,10 @@ class LedgerTest(EngineTest):
                   stored_event(4, notes="")]
         write(engine, events)
         source = receiver.SOURCES["appointment_events"]
-        found = receiver.canonical_rows(engine.writer, None, source, 0, 99, 99)
-        self.assertEqual([text for _, _, text in found], [
-            receiver.canonical_row((number, *one[:-1])) for number, one in enumerate(events, 1)])
+        block = receiver.block_of(engine.writer, None, source, 0, 99)
+        text = b"\n".join(receiver.canonical_row((number, *one[:-1])) for number, one in enumerate(events, 1))
+        self.assertEqual(block[:2] + block[4:], (4, 4, hashlib.sha256(text).digest()))
+        self.assertIsNone(receiver.block_of(engine.writer, None, source, 4, 99))
         self.assertEqual(len({receiver.canonical_row(row) for row in (
             ("a", "b"), ("a b", ""), ("", "a b"), (None, ""), ("", None), (1, ""), ("1", ""), (b"1", ""))}), 8)
 
@@ -4854,6 +4855,17 @@ class LedgerTest(EngineTest):
                 write_rows(self.database, *statements)
                 self.assertRegex(self.verify(), "^" + words)
                 self.database.write_bytes(whole)
+
+    def test_of_large_payloads_a_block_has_few(self):
+        store, ledger = self.running()
+        for number in range(12):
+            store.submit(receiver._Waiting(stored_event(number, payload=json.dumps("x" * 1000000))))
+        store.settle()
+        self.end(store, ledger)
+        self.assertLess(max(seal[4] for seal in self.seals()), 13)
+        self.assertEqual(self.verify(), "")
+        with contextlib.closing(sqlite3.connect(str(self.database))) as connection:
+            self.assertLess(receiver.rows_that_fit(connection, receiver.SOURCES["appointment_events"], 0), 12)
 
     def test_a_row_that_is_put_into_a_gap_belongs_to_a_block(self):
         store, ledger = self.running()
