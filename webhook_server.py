@@ -3263,26 +3263,31 @@ class Encryption:
         """The columns of an event as they are stored, and patient_hmac. Hot path: all that is personal is one
         ciphertext, in the column of the payload, as three would take three times as long."""
         event_type, appointment_id, patient_id, timestamp, notes, received_at, client, payload, _ = event
-        lengths = f"{len(patient_id)}:{'' if notes is None else len(notes)}:"
-        data = f"{lengths}{patient_id}{notes or ''}{payload}".encode()
+        patient, noted = patient_id.encode(), (notes or "").encode()
+        data = b"%d:%d:%b%b%b" % (len(patient), -1 if notes is None else len(noted), patient, noted, payload.encode())
         return (event_type, appointment_id, "", timestamp, None, received_at, client,
                 self.sealed(data, event_place(appointment_id, timestamp)), self.index_of(patient_id))
+
+    def personal_of(self, row: Sequence) -> tuple:
+        """(patient_id, notes or None, payload) as UTF-8, of a row of the columns of an AppointmentEvent. Raises
+        ValueError."""
+        if row[2] != "" or row[4] is not None:
+            raise ValueError("patient_id or notes are not encrypted")
+        patient_length, notes_length, text = self.opened(row[7], event_place(row[1], row[3])).split(b":", 2)
+        notes_at = int(patient_length)
+        payload_at = notes_at + max(0, int(notes_length))
+        return text[:notes_at], text[notes_at:payload_at] if notes_length != b"-1" else None, text[payload_at:]
 
     def event(self, row: Sequence) -> AppointmentEvent:
         """The event in a row as it is stored: an Unreadable one, of which it tells, where that cannot be."""
         stored = AppointmentEvent._make(row)
         try:
-            if (stored.patient_id, stored.notes) != ("", None):
-                raise ValueError("patient_id or notes are not encrypted")
-            opened = self.opened(stored.payload, event_place(stored.appointment_id, stored.timestamp)).decode()
-            patient_length, notes_length, text = opened.split(":", 2)
-            notes_at = int(patient_length)
-            payload_at = notes_at + int(notes_length or 0)
+            patient_id, notes, payload = self.personal_of(row)
+            return stored._replace(patient_id=patient_id.decode(), notes=notes if notes is None else notes.decode(),
+                                   payload=payload.decode())
         except ValueError as error:
             self.tell_unreadable("the event", stored.id, error)
             return Unreadable(*stored._replace(patient_id=None, notes=None, payload="null"))
-        notes = text[notes_at:payload_at] if notes_length else None
-        return stored._replace(patient_id=text[:notes_at], notes=notes, payload=text[payload_at:])
 
     def tell_unreadable(self, what: str, row_id: int, error: ValueError) -> None:
         """Tell of a row, once."""
@@ -5636,13 +5641,23 @@ class Block(NamedTuple):
     content: bytes
 
 
+class _Text(bytes):
+    """The UTF-8 of a text, where it is at hand as such."""
+
+
+# kind of a value, and its bytes
+_CANONICAL = {type(None): ("null", lambda value: b""), str: ("text", lambda value: value.encode("utf-8", "replace")),
+              int: ("integer", lambda value: b"%d" % value), float: ("real", lambda value: str(value).encode()),
+              bytes: ("blob", lambda value: value), _Text: ("text", lambda value: value)}
+
+
 def canonical_row(values: Iterable) -> bytes:
     """Values of SQLite as bytes that mean these values only: type and length of each, then their texts."""
-    kinds = {type(None): "null", int: "integer", float: "real", str: "text", bytes: "blob"}
     heads, texts = [], []
     for value in values:
-        text = value if isinstance(value, bytes) else b"" if value is None else str(value).encode("utf-8", "replace")
-        heads.append(f"{kinds[type(value)]}:{len(text)}")
+        kind, bytes_of = _CANONICAL[type(value)]
+        text = bytes_of(value)
+        heads.append(f"{kind}:{len(text)}")
         texts.append(text)
     return " ".join(heads).encode() + b" " + b"".join(texts)
 
@@ -5685,17 +5700,17 @@ def rows_that_fit(connection: sqlite3.Connection, source: Source, after: int) ->
 
 def _meaning(encryption: Encryption, table: str, row: tuple) -> Sequence:
     """The values of a row, decrypted; of one that cannot be, as they are, behind a mark."""
-    if table == "appointment_events":
-        event = encryption.event((*row[1:], row[0]))
-        return ("unreadable", *row) if isinstance(event, Unreadable) else (event.id, *event[:-1])
-    if table == "conflicting_events":
-        at, place = 4, conflict_place(row[1], row[2])
-    else:
-        at, place = 5, access_place(row[1], row[4], row[3])
-    if row[at] is None:
-        return row
     try:
-        return (*row[:at], encryption.opened(row[at], place).decode(), *row[at + 1:])
+        if table == "appointment_events":
+            patient_id, notes, payload = encryption.personal_of(row[1:])
+            return (*row[:3], _Text(patient_id), row[4], None if notes is None else _Text(notes), *row[6:8], _Text(payload))
+        if table == "conflicting_events":
+            at, place = 4, conflict_place(row[1], row[2])
+        else:
+            at, place = 5, access_place(row[1], row[4], row[3])
+        if row[at] is None:
+            return row
+        return (*row[:at], _Text(encryption.opened(row[at], place)), *row[at + 1:])
     except ValueError as error:
         encryption.tell_unreadable(f"the row of {table}", row[0], error)
         return ("unreadable", *row)
