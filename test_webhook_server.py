@@ -13719,6 +13719,45 @@ class DocumentTest(ServerTest):
                 self.assertEqual(done.returncode, 0, done.stderr)
                 self.assertRegex(done.stdout.decode().replace("\r", ""), output)
 
+    @unittest.skipUnless(POSIX and shutil.which("curl") and shutil.which("openssl"), "needs a shell, curl and openssl")
+    def test_the_ten_steps_of_the_readme_give_what_it_says(self):
+        for path in (PROGRAM, PROGRAM.with_name("schema.json")):
+            shutil.copy(path, self.folder)
+        (self.folder / "bin").mkdir()
+        (self.folder / "bin" / "python3").symlink_to(sys.executable)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        script, expected = "", []
+        for kind, text in self.blocks():
+            if kind == "console":
+                for line in text.replace("8443", port).splitlines(keepends=True):
+                    if line.startswith("$ "):
+                        script += f"echo '-- {len(expected)}'\n{line[2:]}"
+                        expected.append("")
+                    else:
+                        expected[-1] += line
+        environment = {**clean_environment(), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
+        done = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, cwd=self.folder, env=environment, timeout=WAIT)
+        found = re.split(r"(?m)^-- \d+\n", done.stdout.decode())[1:]
+        self.assertEqual((len(found), len(expected) > 12), (len(expected), True))
+
+        def masked(text):
+            for pattern in (r"whk_[\w-]{43}", r"[0-9a-f]{64}", r"key-\d{8}-\w{4}", r":[\w+/]{43}=",
+                            r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", r"seal \d+ "):
+                text = re.sub(pattern, "*", text)
+            return text
+        for got, wanted in zip(found, expected):
+            with self.subTest(wanted[:60]):
+                self.assertEqual(masked(got), masked(wanted))
+
+    def test_the_entries_of_senders_in_the_readme_are_valid(self):
+        found = [json.loads(text) for kind, text in self.blocks() if kind == "json" and text.startswith('{"clients"')]
+        clients = receiver._clients_of(found[0]["clients"])
+        self.assertEqual(len(clients), 10)
+        self.assertLessEqual(set(receiver.SIGNATURE_PROFILES), {one["signature"].get("profile") for one in found[0]["clients"]})
+        self.assertEqual(list(Schema(receiver.CLIENTS_SCHEMA).errors(found[1])), [])
+
     @unittest.skipUnless(POSIX and shutil.which("curl"), "needs a shell and curl")
     def test_every_answer_in_the_readme_is_what_comes_back(self):
         server = self.start(database=str(self.folder / "appointments.db"))
