@@ -3273,7 +3273,11 @@ class Encryption:
         ValueError."""
         if row[2] != "" or row[4] is not None:
             raise ValueError("patient_id or notes are not encrypted")
-        patient_length, notes_length, text = self.opened(row[7], event_place(row[1], row[3])).split(b":", 2)
+        return self.parts_of(row[7], event_place(row[1], row[3]))
+
+    def parts_of(self, value: Any, place: bytes) -> tuple:
+        """The same, of the column of the payload alone."""
+        patient_length, notes_length, text = self.opened(value, place).split(b":", 2)
         notes_at = int(patient_length)
         payload_at = notes_at + max(0, int(notes_length))
         return text[:notes_at], text[notes_at:payload_at] if notes_length != b"-1" else None, text[payload_at:]
@@ -5632,6 +5636,17 @@ SOURCES = {source.table: source for source in (
 )}
 
 
+def canonical_row(values: Iterable) -> bytes:
+    """Values of SQLite as bytes that mean these values only: type and length of each, then their texts."""
+    kinds = {type(None): "null", int: "integer", float: "real", str: "text", bytes: "blob"}
+    heads, texts = "", []
+    for value in values:
+        text = value if isinstance(value, bytes) else b"" if value is None else str(value).encode("utf-8", "replace")
+        heads += f"{kinds[type(value)]}:{len(text)} "
+        texts.append(text)
+    return heads.encode() + b"".join(texts)
+
+
 class Block(NamedTuple):
     """Rows that follow each other: how many, the last id, their first and last time, SHA-256 of what they mean."""
     rows: int
@@ -5641,32 +5656,11 @@ class Block(NamedTuple):
     content: bytes
 
 
-class _Text(bytes):
-    """The UTF-8 of a text, where it is at hand as such."""
-
-
-# kind of a value, and its bytes
-_CANONICAL = {type(None): ("null", lambda value: b""), str: ("text", lambda value: value.encode("utf-8", "replace")),
-              int: ("integer", lambda value: b"%d" % value), float: ("real", lambda value: str(value).encode()),
-              bytes: ("blob", lambda value: value), _Text: ("text", lambda value: value)}
-
-
-def canonical_row(values: Iterable) -> bytes:
-    """Values of SQLite as bytes that mean these values only: type and length of each, then their texts."""
-    heads, texts = [], []
-    for value in values:
-        kind, bytes_of = _CANONICAL[type(value)]
-        text = bytes_of(value)
-        heads.append(f"{kind}:{len(text)}")
-        texts.append(text)
-    return " ".join(heads).encode() + b" " + b"".join(texts)
-
-
-def _canonical_in_sql(columns: Sequence) -> str:
-    """The expression for canonical_row(); a text with NUL goes whole through ||, and not through printf()."""
+def _canonical_in_sql(columns: Sequence) -> tuple:
+    """The expressions for the two parts of canonical_row(); a text with NUL would not go whole through printf()."""
     heads = ", ".join(f"typeof({name}), length(CAST({name} AS BLOB))" for name in columns)
     texts = " || ".join(f"ifnull({name}, '')" for name in columns)
-    return f"printf('{' '.join(['%s:%d'] * len(columns))} ', {heads}) || {texts}"
+    return f"printf('{'%s:%d ' * len(columns)}', {heads})", texts
 
 
 def block_of(connection: sqlite3.Connection, encryption: Optional[Encryption], source: Source, after: int, up_to: int,
@@ -5676,19 +5670,70 @@ def block_of(connection: sqlite3.Connection, encryption: Optional[Encryption], s
     Hot path: SQLite makes one text of a block, so that the interpreter's lock is given away twice for 256 rows and
     not for each: that had cost a sixth of the requests per second. Encrypted rows have to be decrypted here.
     """
-    where, values = f"FROM {source.table} WHERE id > ? AND id <= ? ORDER BY id LIMIT ?", (after, up_to, most)
+    heads, texts = _canonical_in_sql(source.columns)
+    rows = (f"(SELECT id, {source.time} AS at, {heads} AS heads, {texts} AS texts FROM {source.table} "
+            "WHERE id > ? AND id <= ? ORDER BY id LIMIT ?)")
+    parts = "'', CAST(group_concat(heads || texts, char(10)) AS BLOB)"
     if encryption is not None:
-        at = source.columns.index(source.time)
-        rows = connection.execute(f"SELECT {', '.join(source.columns)} {where}", values).fetchall()
-        if not rows:
-            return None
-        times = [str(row[at]) for row in rows]
-        data = b"\n".join(canonical_row(_meaning(encryption, source.table, row)) for row in rows)
-        return Block(len(rows), rows[-1][0], min(times), max(times), hashlib.sha256(data).digest())
-    *found, data = connection.execute(
-        f"SELECT count(*), max(id), min(at), max(at), CAST(group_concat(text, char(10)) AS BLOB) "
-        f"FROM (SELECT id, {source.time} AS at, {_canonical_in_sql(source.columns)} AS text {where})", values).fetchone()
-    return Block(*found, hashlib.sha256(data).digest()) if found[0] else None
+        parts = "group_concat(heads, ''), CAST(group_concat(texts, '') AS BLOB)"
+    *found, heads, data = connection.execute(f"SELECT count(*), max(id), min(at), max(at), {parts} FROM {rows}",
+                                             (after, up_to, most)).fetchone()
+    if not found[0]:
+        return None
+    if encryption is not None:
+        data = b"\n".join(_decrypted_rows(encryption, source, heads, data))
+    return Block(*found, hashlib.sha256(data).digest())
+
+
+def _decrypted_rows(encryption: Encryption, source: Source, heads: str, data: bytes) -> Iterator[bytes]:
+    """canonical_row() of rows once decrypted, of which `heads` and `data` are the two parts of canonical_row() as
+    they are stored; of what cannot be decrypted the stored one, behind a mark."""
+    words, width, at = heads.split(" "), len(source.columns), 0
+    for start in range(0, len(words) - 1, width):
+        row_heads, texts = words[start:start + width], []
+        for word in row_heads:
+            end = at + int(word[word.index(":") + 1:])
+            texts.append(data[at:end])
+            at = end
+        try:
+            DECRYPTED[source.table](encryption, row_heads, texts)
+        except ValueError as error:
+            encryption.tell_unreadable(f"the row of {source.table}", int(texts[0]), error)
+            row_heads.insert(0, "text:10")
+            texts.insert(0, b"unreadable")
+        yield f"{' '.join(row_heads)} ".encode() + b"".join(texts)
+
+
+def _decrypt_event(encryption: Encryption, heads: list, texts: list) -> None:
+    """Put what is decrypted in the place of what is stored. Raises ValueError."""
+    if (heads[3], heads[5], heads[8][:5]) != ("text:0", "null:0", "blob:"):
+        raise ValueError("patient_id, notes or payload are not encrypted")
+    place = b"appointment_events\0payload\0%b\0%b" % (texts[2], texts[4])
+    patient_id, notes, payload = encryption.parts_of(texts[8], place)
+    if notes is not None:
+        heads[5], texts[5] = f"text:{len(notes)}", notes
+    heads[3], heads[8], texts[3], texts[8] = f"text:{len(patient_id)}", f"text:{len(payload)}", patient_id, payload
+
+
+def _decrypt_conflict(encryption: Encryption, heads: list, texts: list) -> None:
+    payload = encryption.opened(texts[4], b"conflicting_events\0payload\0%b\0%b" % (texts[1], texts[2]))
+    if heads[4][:5] != "blob:":
+        raise ValueError("the payload is not encrypted")
+    heads[4], texts[4] = f"text:{len(payload)}", payload
+
+
+def _decrypt_access(encryption: Encryption, heads: list, texts: list) -> None:
+    if heads[5] == "null:0":
+        return
+    address = b"None" if heads[3] == "null:0" else texts[3]
+    detail = encryption.opened(texts[5], b"access_log\0detail\0%b\0%b\0%b" % (texts[1], texts[4], address))
+    if heads[5][:5] != "blob:":
+        raise ValueError("the detail is not encrypted")
+    heads[5], texts[5] = f"text:{len(detail)}", detail
+
+
+DECRYPTED = {"appointment_events": _decrypt_event, "conflicting_events": _decrypt_conflict,
+             "access_log": _decrypt_access}
 
 
 def rows_that_fit(connection: sqlite3.Connection, source: Source, after: int) -> int:
@@ -5696,24 +5741,6 @@ def rows_that_fit(connection: sqlite3.Connection, source: Source, after: int) ->
     size, = connection.execute(f"SELECT sum(length({source.columns[-1]})) FROM (SELECT {source.columns[-1]} FROM "
                                f"{source.table} WHERE id > ? ORDER BY id LIMIT ?)", (after, SEAL_ROWS)).fetchone()
     return SEAL_ROWS if (size or 0) < SEAL_BYTES else 1 + SEAL_ROWS * SEAL_BYTES // (16 * size)
-
-
-def _meaning(encryption: Encryption, table: str, row: tuple) -> Sequence:
-    """The values of a row, decrypted; of one that cannot be, as they are, behind a mark."""
-    try:
-        if table == "appointment_events":
-            patient_id, notes, payload = encryption.personal_of(row[1:])
-            return (*row[:3], _Text(patient_id), row[4], None if notes is None else _Text(notes), *row[6:8], _Text(payload))
-        if table == "conflicting_events":
-            at, place = 4, conflict_place(row[1], row[2])
-        else:
-            at, place = 5, access_place(row[1], row[4], row[3])
-        if row[at] is None:
-            return row
-        return (*row[:at], _Text(encryption.opened(row[at], place)), *row[at + 1:])
-    except ValueError as error:
-        encryption.tell_unreadable(f"the row of {table}", row[0], error)
-        return ("unreadable", *row)
 
 
 def database_secret(connection: sqlite3.Connection, encryption: Optional[Encryption]) -> bytes:
