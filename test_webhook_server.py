@@ -8503,6 +8503,12 @@ class AccessTest(ClientsServerTest):
         for _ in range(5):
             self.assertEqual(self.call(server, X_API_Key=KEYS["both"]).status, 200)
 
+    def test_the_rate_holds_for_the_status_of_health_too_and_what_is_refused_counts(self):
+        server = self.start_with(key_entry("sender", rate=0.001, burst=2), key_entry("operator"), rate_limit=1)
+        self.assertIn(429, [self.call(server, path="/health").status for _ in range(9)])
+        self.assertEqual(self.call(server, path="/health", X_API_Key=KEYS["operator"]).status, 200)
+        self.assertEqual([self.call(server, X_API_Key=KEYS["sender"]).status for _ in range(4)], [403, 403, 429, 429])
+
     def test_without_clients_the_rate_holds_for_every_address(self):
         server = self.start(rate_limit=1)
         self.assertIn(429, [self.post(server).status for _ in range(9)])

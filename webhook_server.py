@@ -7882,13 +7882,13 @@ class Client:
         return self._admissions[role]
 
     def _admission(self, role: str) -> Optional[Check]:
-        if self._disabled:
-            return lambda request: _deny("This client is disabled")
-        if not self.roles & {role, "admin"}:
-            return lambda request: _deny_role(role)
         steps = [self._check_network] * bool(self._networks)
-        if self._bucket is not None:
+        if self._bucket is not None:                    # what is refused counts: it fills the access log
             steps.append(lambda request: self._bucket.take())
+        if self._disabled:
+            steps.append(lambda request: _deny("This client is disabled"))
+        elif not self.roles & {role, "admin"}:
+            steps.append(lambda request: _deny_role(role))
         return _all_of(steps)
 
     def _check_network(self, request: Any) -> None:
@@ -8417,7 +8417,7 @@ class Endpoints:
                 ruling.check(request)
             request.endpoint = ruling.endpoint
         except Refusal as refusal:
-            if ruling.otherwise is None or isinstance(refusal, Malformed):
+            if ruling.otherwise is None or refusal.status not in (401, 403, 503):
                 raise
             request.endpoint = ruling.otherwise
 
@@ -10368,7 +10368,7 @@ class Stores:
     def open(self, tenants: Iterable, encryption: Optional[Encryption]) -> list:
         """Open and start those that are not, and have all use these keys. Returns what opening had to tell, line
         by line. Raises SetupError; then all is as before."""
-        opened, notes = {}, []
+        opened, ledgers, notes = {}, {}, []
         for store in self._open.values():
             store.engine.refuse_keys(encryption)
         try:
@@ -10383,11 +10383,12 @@ class Stores:
                     opened[tenant] = store
                     store.start()
                     notes += store.engine.notes
-            ledgers = {tenant: Ledger(store, functools.partial(self._tell_seal, tenant), self._on_error)
-                       for tenant, store in opened.items()}
-            for ledger in ledgers.values():
-                ledger.start()
+            for tenant, store in opened.items():
+                ledgers[tenant] = Ledger(store, functools.partial(self._tell_seal, tenant), self._on_error)
+                ledgers[tenant].start()
         except BaseException as error:
+            for ledger in ledgers.values():
+                ledger.stop()
             for store in opened.values():
                 store.stop()
             if isinstance(error, StoreUnavailable):
@@ -10696,10 +10697,11 @@ class WebhookServer:
         self.log.exception(f"Unexpected error in {name}")
 
     def _contents(self) -> str:
+        tenants = "".join(f", tenant {tenant}" for tenant in self._files.tenants if tenant)
         if self.store.engine.is_new:
-            return "new"
+            return "new" + tenants
         count = self.store.count()
-        return "1 event" if count == 1 else f"{count} events"
+        return f"{count} event{'s' * (count != 1)}" + tenants
 
     def stop(self) -> None:
         """Accept no more, answer what is in flight, commit, call on_event for the rest, flush the log.
