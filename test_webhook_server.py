@@ -12304,8 +12304,8 @@ class ShutdownTest(HTTPTest):
 # Service
 # =============================================================================
 
-PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "System", "At rest", "Files", "SQLite", "Store",
-         "Ledger", "Log", "HTTP", "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
+PARTS = ("Config", "JSON", "Formats", "Schema", "Events", "Work", "System", "At rest", "Files", "Tables",
+         "SQLite", "Store", "Ledger", "Log", "HTTP", "Credentials", "Access", "Endpoints", "TLS", "Connections", "Service", "Command line")
 
 
 def can_connect(port):

@@ -20,6 +20,7 @@ section uses only those above it:
     System         the system's libraries: libcrypto
     At rest        personal columns encrypted with the operator's keys
     Files          the files of an SQLite database, and who else changes them
+    Tables         rows of one transaction, and files of other versions that become ours
     SQLite         events in one file
     Store          one commit for all who wait, over any engine; who commits answers
     Ledger         who looked, and seals that show whether anything was changed since
@@ -3778,9 +3779,10 @@ class _LeftWAL:
 
 
 # =============================================================================
-# SQLite: events in one file, over the watched ones. Knows SQL; knows nothing of HTTP or logs.
+# Tables: rows of one transaction, and files of other versions that become ours. Knows SQL; knows no threads.
 # =============================================================================
 
+DATA_VERSION = 3
 COLUMNS = AppointmentEvent._fields[:-1]
 LOCK_STEP = 0.1                 # seconds to wait for another thread of ours that writes
 MOST_READ = 256 * 1024  # characters of payloads in one read: a reader that stalls keeps no more in memory
@@ -3918,7 +3920,7 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
                 raise sqlite3.IntegrityError("no event would be stored")
             if self._insert_rows(tried).rowcount:
                 raise sqlite3.IntegrityError("duplicates would be stored")
-        self.execute(f"PRAGMA user_version = {SQLite.DATA_VERSION}")
+        self.execute(f"PRAGMA user_version = {DATA_VERSION}")
 
     def insert(self, events: list) -> list:
         """Store events: an Outcome for each, in their order. Duplicates with other content are kept aside,
@@ -4006,9 +4008,404 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
                                  "client": event.client, "payload": payload, "digest": digest})
 
 
+# -- what sqlite3 and its errors mean
+
+def _uri(path: PurePath, mode: str) -> str:
+    """The file as SQLite takes it: it refuses a URI with a host, as Windows' //server/share would become."""
+    uri = path.as_uri()
+    if not uri.startswith("file:///"):
+        uri = "file:////" + uri[len("file://"):]
+    return f"{uri}?mode={mode}"
+
+
+def _roll_back(connection: Optional[sqlite3.Connection]) -> None:
+    # SQLite has itself rolled back some, such as a full disk
+    if connection is not None and connection.in_transaction:
+        with contextlib.suppress(sqlite3.Error):
+            connection.execute("ROLLBACK")
+
+
+def _lenient_text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _unavailable(error: Exception, path: str) -> StoreUnavailable:
+    text = reason_of(error)
+    kind = StoreLocked if "locked" in text or "busy" in text else StoreUnavailable
+    return kind(_reason(error, path), text)
+
+
+def _reason(error: Exception, path: str) -> str:
+    """An error of SQLite or the system about the database `path` in an operator's words, with what to do."""
+    text = reason_of(error)
+    vague = {"unable to open database file": "it cannot be opened",
+             "attempt to write a readonly database": "it is read-only for this user",
+             "Permission denied": text, "Too many open files": text}
+    if text in vague:
+        return _obstacle(path) or vague[text]
+    hints = {"database disk image is malformed": DAMAGED,
+             "file is not a database": "the file is not a SQLite database; it was not changed",
+             "disk I/O error": "the system could not read or write the file (disk I/O error): look at the "
+                               "disk and at limits of file size (ulimit -f)",
+             "database or disk is full": "the disk is full"}
+    return hints.get(text, text)
+
+
+def _obstacle(path: str) -> str:
+    """What keeps this user from the database, for which SQLite has the same words whatever it is."""
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return advised_reason_of(error)
+    real = os.path.realpath(path)
+    for name in (real, real + "-wal", real + "-shm", os.path.dirname(real)):
+        may = os.access(name, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+        if os.path.exists(name) and not may:
+            return f"{name} is read-only for this user, or not even readable: chmod or chown it"
+    return ""
+
+
+def _refuse_other_tables(connection: sqlite3.Connection, path: str, version: int) -> None:
+    """Raise SetupError or sqlite3.Error unless the tables are those of our `version`, or can become them."""
+    columns = _columns_of(connection)
+    # Another program's file may have our version number, too
+    missing = set(COLUMNS if version else REQUIRED_FIELDS if columns else ()) - set(columns)
+    if missing:
+        raise SetupError(f"database {path}: its table appointment_events is not ours, it lacks "
+                         f"{', '.join(sorted(missing))}")
+    if version:
+        # These fail without the unique index, and without the other table
+        connection.execute("EXPLAIN " + Session.INSERTS[1], [""] * len(COLUMNS))
+        connection.execute("SELECT event_id, received_at, client, payload FROM conflicting_events "
+                           "LIMIT 1")
+    if version > 1:
+        connection.execute("SELECT digest FROM conflicting_events LIMIT 1")
+    if version > 2:
+        connection.execute("SELECT patient_hmac FROM appointment_events LIMIT 1")
+        connection.execute("SELECT at, client, address, action, detail, rows FROM access_log LIMIT 1")
+        connection.execute("SELECT at, source, first_id, last_id, rows, content, digest, hmac, key_id, purged "
+                           "FROM seals LIMIT 1")
+        connection.execute("SELECT name, value, key_id FROM database_keys LIMIT 1")
+
+
+def _problem_of_keys(connection: sqlite3.Connection, version: int, encryption: Optional[Encryption],
+                     takes_over: bool) -> str:
+    """Why the database cannot be used with these keys, or without any."""
+    marks = {}
+    if version > 2:
+        marks = {name: (value, key_id) for name, value, key_id in
+                 connection.execute("SELECT name, value, key_id FROM database_keys")}
+    value, key_id = marks.get("database", (b"", None))
+    if encryption is None:
+        return f"it is encrypted, with the key {printable(str(key_id))}: --encryption-key-file is needed" * bool(key_id)
+    if key_id:
+        try:
+            encryption.opened(value, KEY_PLACE)
+        except ValueError as error:
+            return f"the key file is not the one that it was encrypted with ({error})"
+    rekey = "python3 webhook_server.py rekey with the same --database and --encryption-key-file"
+    if "takeover" in marks and not takes_over:
+        return f"it is encrypted only in part, as a rekey did not end: {rekey} goes on"
+    if not key_id and not takes_over and _has_rows(connection, version):
+        return f"it has rows that are not encrypted: {rekey} encrypts them"
+    return ""
+
+
+def _has_rows(connection: sqlite3.Connection, version: int) -> bool:
+    tables = ["appointment_events"] * bool(_columns_of(connection))
+    tables += ["conflicting_events"] * bool(version) + ["access_log"] * (version > 2)
+    return any(connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
+
+
+def _encrypt_key(connection: sqlite3.Connection, encryption: Encryption) -> None:
+    """Encrypt the random key of a database where it is not: from now on the database is an encrypted one."""
+    value, key_id = connection.execute("SELECT value, key_id FROM database_keys WHERE name = 'database'").fetchone()
+    if key_id is None:
+        connection.execute("UPDATE database_keys SET value = ?, key_id = ? WHERE name = 'database'",
+                           (encryption.sealed(value, KEY_PLACE), encryption.key_id))
+        if _has_rows(connection, DATA_VERSION):
+            connection.execute("INSERT INTO database_keys (name, value) VALUES ('takeover', x'')")
+
+
+def _columns_of(connection: sqlite3.Connection, table: str = "appointment_events") -> list:
+    return [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+
+
+def _event_of(row: Sequence, encryption: Optional[Encryption]) -> AppointmentEvent:
+    return AppointmentEvent._make(row) if encryption is None else encryption.event(row)
+
+
+# -- files of other versions
+
+def _make_tables(engine: Any, connection: sqlite3.Connection) -> None:
+    """From version 0: a new file, one of others without our table, or one with the plain table."""
+    if _columns_of(connection):
+        _PlainTable(engine, connection).take_over()
+        _add_ledger(engine, connection)
+        return
+    engine.is_new = True
+    connection.execute(EVENTS_TABLE.format(name="appointment_events"))
+    connection.execute(EVENTS_INDEX)
+    connection.execute(CONFLICTS_TABLE)
+    connection.execute(CONFLICTS_INDEX)
+    _add_ledger(engine, connection)
+
+
+def _add_digests(engine: Any, connection: sqlite3.Connection) -> None:
+    """From version 1, whose conflicting_events had no digests. A program of version 1 that still runs writes
+    its number into a file that has them, so they may be there."""
+    if "digest" not in _columns_of(connection, "conflicting_events"):
+        connection.execute("ALTER TABLE conflicting_events ADD COLUMN digest BLOB")
+    for name in ("idx_conflicting_event_id", "idx_conflicting_event_digest"):
+        connection.execute(f"DROP INDEX IF EXISTS {name}")
+    highest = connection.execute("SELECT max(id) FROM conflicting_events").fetchone()[0] or 0
+    row = (0, "")
+    while row[0] < highest:                             # one at a time: each may be a megabyte
+        row = connection.execute("SELECT id, payload FROM conflicting_events WHERE id > ? "
+                                 "ORDER BY id LIMIT 1", (row[0],)).fetchone()
+        connection.execute("UPDATE conflicting_events SET digest = ? WHERE id = ?",
+                           (content_digest(row[1]), row[0]))
+    connection.execute(CONFLICTS_INDEX)
+
+
+def _add_ledger(engine: Any, connection: sqlite3.Connection) -> None:
+    """From version 2, which had no access log, no seals and no blind index. A program of an older version that
+    still runs writes its number into a file that has them, so they may be there."""
+    if "patient_hmac" not in _columns_of(connection):
+        connection.execute("ALTER TABLE appointment_events ADD COLUMN patient_hmac BLOB")
+    for statement in (ACCESS_TABLE, SEALS_TABLE, KEYS_TABLE):
+        connection.execute(statement.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
+    connection.execute("INSERT OR IGNORE INTO database_keys (name, value) VALUES ('database', ?)",
+                       (secrets.token_bytes(32),))
+
+
+# Each brings a file from the version of its place to the next, but the first makes the newest at once
+MIGRATIONS = (_make_tables, _add_digests, _add_ledger)
+
+
+class _PlainTable:
+    """Rebuilds a table of version 0 (no client, no payload, timestamps as the sender wrote them) as ours.
+
+    Ids stay. Two rows that turn out to be one instant of one appointment: the first is kept in the table, the
+    others in conflicting_events. Indexes and triggers are made again. A copy of the file as it was stays
+    beside it.
+    """
+    PARTS = ("SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'appointment_events' COLLATE NOCASE "
+             "AND type IN ('index', 'trigger') AND sql IS NOT NULL ORDER BY type, rowid")
+    TOLD = 10                       # ids that a note names
+
+    def __init__(self, engine: Any, connection: sqlite3.Connection) -> None:
+        self._engine, self._connection = engine, connection
+        self._execute = connection.execute
+        self._columns = _columns_of(connection)
+        self._kept = 0
+        self._moved: list = []
+
+    def take_over(self) -> None:
+        """Raises SetupError when a row cannot be kept, or there is no room for the copy."""
+        copy = self._copy()
+        try:
+            parts, views = self._execute(self.PARTS).fetchall(), self._working_views()
+            self._rebuild()
+            lost = [note for part in parts for note in self._make_again(*part)]
+            lost += [f"the view {printable(name)} does not work any more: a column is missing"
+                     for name in views if name not in self._working_views()]
+        except ValueError as error:
+            os.unlink(copy)
+            raise SetupError(f"database {self._engine.path}: {error}; it was not changed") from None
+        except BaseException:
+            os.unlink(copy)
+            raise
+        self._engine.notes += [f"The plain table appointment_events was taken over: {self._summary()}",
+                               f"The file as it was is kept as {copy}", *lost]
+
+    def _summary(self) -> str:
+        text = f"{self._kept} event{'s' * (self._kept != 1)} kept"
+        if self._moved:
+            ids = ", ".join(map(str, self._moved[:self.TOLD]))
+            more = f" and {len(self._moved) - self.TOLD} more" * (len(self._moved) > self.TOLD)
+            text += f", {len(self._moved)} moved to conflicting_events (id {ids}{more})"
+        return text
+
+    def _copy(self) -> str:
+        """Its path, once it is on disk. Nothing has been changed yet, and the writer's lock keeps it so."""
+        path = self._engine.path
+        try:
+            with contextlib.closing(sqlite3.connect(_uri(Path(path), "ro"), uri=True)) as source:
+                return _copy_beside(source, path, "before-migration")
+        except (OSError, sqlite3.Error) as error:
+            raise SetupError(f"database {path}: its table has to be rebuilt, and a copy of the file could "
+                             f"not be made beside it ({_reason(error, path)}); it was not changed") from None
+
+    def _rebuild(self) -> None:
+        key = "id" if "id" in self._columns else "rowid"
+        names = ", ".join(map(_quoted, self._columns))
+        execute = self._execute
+        execute(EVENTS_TABLE.format(name="migrated_events"))
+        execute("CREATE UNIQUE INDEX idx_migrated ON migrated_events (appointment_id, timestamp)")
+        execute(CONFLICTS_TABLE)
+        execute(CONFLICTS_INDEX)
+        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        highest = execute("SELECT max(seq) FROM sqlite_sequence "
+                          "WHERE name = 'appointment_events'").fetchone()[0] or 0
+        # ids must stay different
+        self._connection.text_factory = lambda data: data.decode("utf-8", "backslashreplace")
+        for event_id, *values in execute(f"SELECT {key}, {names} FROM appointment_events ORDER BY {key}"):
+            self._move_row(event_id, _migrated_event(dict(zip(self._columns, values)), now))
+            highest = max(highest, event_id if isinstance(event_id, int) else 0)
+        self._connection.text_factory = _lenient_text
+        # An id that was once given to a sender never means another event
+        execute("DELETE FROM sqlite_sequence WHERE name = 'migrated_events'")
+        execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('migrated_events', ?)", (highest,))
+        execute("DROP TABLE appointment_events")
+        execute("DROP INDEX idx_migrated")
+        # The newer way of ALTER TABLE fails where a view reads the table that is missing just now
+        execute("PRAGMA legacy_alter_table = ON")
+        execute("ALTER TABLE migrated_events RENAME TO appointment_events")
+        execute(EVENTS_INDEX)
+
+    def _move_row(self, event_id: Any, event: AppointmentEvent) -> None:
+        try:
+            self._execute(f"INSERT INTO migrated_events (id, {', '.join(COLUMNS)}) "
+                          f"VALUES (?{', ?' * len(COLUMNS)})", (event_id, *event[:-1]))
+            self._kept += 1
+        except sqlite3.IntegrityError as error:
+            first = self._execute("SELECT id FROM migrated_events WHERE appointment_id = ? AND timestamp = ?",
+                                  (event.appointment_id, event.timestamp)).fetchone()
+            if first is None:
+                told = printable(str(event_id))
+                raise ValueError(f"the event with id {told} cannot be migrated ({error})") from None
+            Session(self._connection).keep_conflict(first[0], event, content_digest(event.payload))
+            self._moved.append(event_id)
+
+    def _working_views(self) -> set:
+        names = [row[0] for row in self._execute("SELECT name FROM sqlite_master WHERE type = 'view'")]
+        return {name for name in names if self._works(f"SELECT * FROM {_quoted(name)} LIMIT 0")}
+
+    def _works(self, statement: str) -> bool:
+        try:
+            self._execute(statement).fetchall()
+        except sqlite3.Error:
+            return False
+        return True
+
+    def _make_again(self, kind: str, name: str, statement: str) -> list:
+        """Make an index or a trigger of the old table again: [] or why that could not be."""
+        session = Session(self._connection)
+        try:
+            with session.savepoint():
+                self._execute(statement)
+                session.rehearse()
+        except sqlite3.Error as error:
+            return [f"The {kind} {printable(name)} of the old table could not be kept: "
+                    f"{printable(str(error))}"]
+        return []
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _copy_names(path: str, ending: str) -> Iterator[str]:
+    yield f"{path}.{ending}"
+    for number in itertools.count(2):
+        yield f"{path}.{ending}-{number}"
+
+
+def _saved_copy(path: str) -> str:
+    """The newest of the copies that were saved of a database that was deleted, "" when there is none."""
+    copies = itertools.takewhile(os.path.isfile, _copy_names(path, "saved"))
+    return max(copies, key=os.path.getmtime, default="")
+
+
+def _notes_of_saved(path: str) -> list:
+    """Whoever has moved the files away, and not what was saved of them, may not know that it is there."""
+    saved = _saved_copy(path)
+    if not saved:
+        return []
+    return [f"A new database {path} was begun although {saved} is there, with all that was in one that was "
+            f"deleted while it was in use: to go on with that, stop the service, move {path} away and "
+            f"{saved} in its place, and start again"]
+
+
+def _copy_beside(source: sqlite3.Connection, path: str, ending: str) -> str:
+    """Copy a database beside itself. Returns the path, once all is on disk. Raises OSError, sqlite3.Error."""
+    part = f"{path}.{ending}.part"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(part)                                 # of a copy that was interrupted
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
+                target.execute("PRAGMA synchronous = OFF")
+                source.backup(target)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        name = next(name for name in _copy_names(path, ending) if not os.path.lexists(name))
+        os.rename(part, name)
+        _sync_folder(os.path.dirname(path))
+        return name
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _sync_folder(path: str) -> None:
+    """Have the names in a folder on disk, where the system can."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _migrated_event(row: dict, now: str) -> AppointmentEvent:
+    """The event in a row of the old table, {column: value}. What our table has no column for goes into the
+    payload; NULL becomes an empty text where ours takes none; a timestamp that cannot be read stays as it
+    is."""
+    row = {name: _json_value(value) for name, value in row.items() if value is not None}
+    payload = row.pop("payload", None)
+    content = {name: value for name, value in row.items() if name not in ("id", "received_at", "client")}
+    try:
+        parsed = parse_json(str(payload).encode())[0]
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        payload = json.dumps({**content, "payload": payload} if payload is not None else content)
+    elif not all(name in COLUMNS for name in content):
+        payload = json.dumps({**content, **parsed})
+    event_type, appointment_id, patient_id, timestamp = (str(row.get(name, "")) for name in REQUIRED_FIELDS)
+    received_at = _canonical_or_same(str(row.get("received_at") or now))
+    return AppointmentEvent(event_type, appointment_id, patient_id, _canonical_or_same(timestamp),
+                            row.get("notes"), received_at, row.get("client"), payload)
+
+
+def _json_value(value: Any) -> Any:
+    """What a column holds as something that JSON has: bytes and infinities as text."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _canonical_or_same(timestamp: str) -> str:
+    try:
+        return canonical_timestamp(timestamp)
+    except ValueError:
+        return timestamp
+
+
+# =============================================================================
+# SQLite: events in one file, over the watched ones: who writes, who reads, checkpoints. Knows nothing of HTTP.
+# =============================================================================
+
 class SQLite:
     """One SQLite file: a lock-guarded connection that writes, and two that read and never wait for it."""
-    DATA_VERSION = 3
+    DATA_VERSION = DATA_VERSION
     CACHE_KIB = 65536               # for pages, in all connections together: a million scattered keys fit
     WAL_BYTES = 64 * 1024 * 1024    # what a WAL that had to grow longer is cut to when it is started anew
     FULL_CHECK_BYTES = 256 * 1024 * 1024  # larger files are not read whole at start: it would take seconds
@@ -4593,10 +4990,6 @@ def _clauses(wanted: Filter, encryption: Optional[Encryption]) -> tuple:
     return clauses, values
 
 
-def _event_of(row: Sequence, encryption: Optional[Encryption]) -> AppointmentEvent:
-    return AppointmentEvent._make(row) if encryption is None else encryption.event(row)
-
-
 def _fetched(cursor: sqlite3.Cursor, encryption: Optional[Encryption]) -> tuple:
     """(events, whether these are all): no more than fill a read's share of memory."""
     events, size = [], 0
@@ -4606,61 +4999,6 @@ def _fetched(cursor: sqlite3.Cursor, encryption: Optional[Encryption]) -> tuple:
         events.append(_event_of(row, encryption))
         size += len(events[-1].payload)
     return events, True
-
-
-def _uri(path: PurePath, mode: str) -> str:
-    """The file as SQLite takes it: it refuses a URI with a host, as Windows' //server/share would become."""
-    uri = path.as_uri()
-    if not uri.startswith("file:///"):
-        uri = "file:////" + uri[len("file://"):]
-    return f"{uri}?mode={mode}"
-
-
-def _roll_back(connection: Optional[sqlite3.Connection]) -> None:
-    # SQLite has itself rolled back some, such as a full disk
-    if connection is not None and connection.in_transaction:
-        with contextlib.suppress(sqlite3.Error):
-            connection.execute("ROLLBACK")
-
-
-def _lenient_text(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
-
-
-def _unavailable(error: Exception, path: str) -> StoreUnavailable:
-    text = reason_of(error)
-    kind = StoreLocked if "locked" in text or "busy" in text else StoreUnavailable
-    return kind(_reason(error, path), text)
-
-
-def _reason(error: Exception, path: str) -> str:
-    """An error of SQLite or the system about the database `path` in an operator's words, with what to do."""
-    text = reason_of(error)
-    vague = {"unable to open database file": "it cannot be opened",
-             "attempt to write a readonly database": "it is read-only for this user",
-             "Permission denied": text, "Too many open files": text}
-    if text in vague:
-        return _obstacle(path) or vague[text]
-    hints = {"database disk image is malformed": DAMAGED,
-             "file is not a database": "the file is not a SQLite database; it was not changed",
-             "disk I/O error": "the system could not read or write the file (disk I/O error): look at the "
-                               "disk and at limits of file size (ulimit -f)",
-             "database or disk is full": "the disk is full"}
-    return hints.get(text, text)
-
-
-def _obstacle(path: str) -> str:
-    """What keeps this user from the database, for which SQLite has the same words whatever it is."""
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError as error:
-        return advised_reason_of(error)
-    real = os.path.realpath(path)
-    for name in (real, real + "-wal", real + "-shm", os.path.dirname(real)):
-        may = os.access(name, os.R_OK | os.W_OK, effective_ids=os.access in os.supports_effective_ids)
-        if os.path.exists(name) and not may:
-            return f"{name} is read-only for this user, or not even readable: chmod or chown it"
-    return ""
 
 
 def _refuse_left_wal(path: str, problem: str) -> None:
@@ -4680,441 +5018,6 @@ def _problem_of_index(connection: sqlite3.Connection) -> str:
     if len(counts) > 1:
         return "together they are not whole"
     return ""
-
-
-def _refuse_other_tables(connection: sqlite3.Connection, path: str, version: int) -> None:
-    """Raise SetupError or sqlite3.Error unless the tables are those of our `version`, or can become them."""
-    columns = _columns_of(connection)
-    # Another program's file may have our version number, too
-    missing = set(COLUMNS if version else REQUIRED_FIELDS if columns else ()) - set(columns)
-    if missing:
-        raise SetupError(f"database {path}: its table appointment_events is not ours, it lacks "
-                         f"{', '.join(sorted(missing))}")
-    if version:
-        # These fail without the unique index, and without the other table
-        connection.execute("EXPLAIN " + Session.INSERTS[1], [""] * len(COLUMNS))
-        connection.execute("SELECT event_id, received_at, client, payload FROM conflicting_events "
-                           "LIMIT 1")
-    if version > 1:
-        connection.execute("SELECT digest FROM conflicting_events LIMIT 1")
-    if version > 2:
-        connection.execute("SELECT patient_hmac FROM appointment_events LIMIT 1")
-        connection.execute("SELECT at, client, address, action, detail, rows FROM access_log LIMIT 1")
-        connection.execute("SELECT at, source, first_id, last_id, rows, content, digest, hmac, key_id, purged "
-                           "FROM seals LIMIT 1")
-        connection.execute("SELECT name, value, key_id FROM database_keys LIMIT 1")
-
-
-def _problem_of_keys(connection: sqlite3.Connection, version: int, encryption: Optional[Encryption],
-                     takes_over: bool) -> str:
-    """Why the database cannot be used with these keys, or without any."""
-    marks = {}
-    if version > 2:
-        marks = {name: (value, key_id) for name, value, key_id in
-                 connection.execute("SELECT name, value, key_id FROM database_keys")}
-    value, key_id = marks.get("database", (b"", None))
-    if encryption is None:
-        return f"it is encrypted, with the key {printable(str(key_id))}: --encryption-key-file is needed" * bool(key_id)
-    if key_id:
-        try:
-            encryption.opened(value, KEY_PLACE)
-        except ValueError as error:
-            return f"the key file is not the one that it was encrypted with ({error})"
-    rekey = "python3 webhook_server.py rekey with the same --database and --encryption-key-file"
-    if "takeover" in marks and not takes_over:
-        return f"it is encrypted only in part, as a rekey did not end: {rekey} goes on"
-    if not key_id and not takes_over and _has_rows(connection, version):
-        return f"it has rows that are not encrypted: {rekey} encrypts them"
-    return ""
-
-
-def _has_rows(connection: sqlite3.Connection, version: int) -> bool:
-    tables = ["appointment_events"] * bool(_columns_of(connection))
-    tables += ["conflicting_events"] * bool(version) + ["access_log"] * (version > 2)
-    return any(connection.execute(f"SELECT 1 FROM {table} LIMIT 1").fetchone() for table in tables)
-
-
-def _encrypt_key(connection: sqlite3.Connection, encryption: Encryption) -> None:
-    """Encrypt the random key of a database where it is not: from now on the database is an encrypted one."""
-    value, key_id = connection.execute("SELECT value, key_id FROM database_keys WHERE name = 'database'").fetchone()
-    if key_id is None:
-        connection.execute("UPDATE database_keys SET value = ?, key_id = ? WHERE name = 'database'",
-                           (encryption.sealed(value, KEY_PLACE), encryption.key_id))
-        if _has_rows(connection, SQLite.DATA_VERSION):
-            connection.execute("INSERT INTO database_keys (name, value) VALUES ('takeover', x'')")
-
-
-def _columns_of(connection: sqlite3.Connection, table: str = "appointment_events") -> list:
-    return [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-
-
-# -- SQLite: other keys
-
-class Rekeying:
-    """Encrypts with the first key what has another one, and in a database that was not encrypted all that is
-    personal. In short transactions, between which a server beside it writes; it can be begun again."""
-    STEP = 200                      # rows in a transaction
-    PATIENCE = 60.0                 # seconds to wait for a lock
-
-    def __init__(self, engine: SQLite) -> None:
-        """`engine` is open, has an encryption, and `takes_over`."""
-        self._engine, self._encryption = engine, engine.encryption
-        self.moved, self.unreadable = 0, 0
-        self._takes_over = self._do(lambda session: session.execute(
-            "SELECT 1 FROM database_keys WHERE name = 'takeover'").fetchone() is not None)
-
-    def run(self, on_step: Callable[[str, int], Any]) -> None:
-        """on_step(table, id) hears how far it is. Raises StoreUnavailable."""
-        for table, step in (("appointment_events", self._move_events), ("conflicting_events", self._move_conflicts),
-                            ("access_log", self._move_accesses)):
-            last = 0
-            while last is not None:
-                last = self._do(functools.partial(step, last))
-                on_step(table, last or 0)
-        self._do(self._move_key)
-        if self._takes_over and not self.unreadable:
-            self._engine.clear()
-
-    def _do(self, work: Callable[[Session], Any]) -> Any:
-        ends_at = time.monotonic() + self.PATIENCE
-        while True:
-            try:
-                with self._engine.transaction() as session:
-                    session.execute("PRAGMA secure_delete = ON")
-                    return work(session)
-            except StoreLocked:
-                if time.monotonic() > ends_at:
-                    raise
-                time.sleep(LOCK_STEP)
-
-    def _rows(self, session: Session, columns: str, table: str, last: int) -> list:
-        return session.execute(f"SELECT {columns}, id FROM {table} WHERE id > ? ORDER BY id LIMIT ?",
-                               (last, self.STEP)).fetchall()
-
-    def _is_done(self, value: Any) -> bool:
-        return isinstance(value, bytes) and value.startswith(self._encryption.prefix)
-
-    def _opened(self, value: Any, place: bytes) -> Optional[str]:
-        """A text, as it was or decrypted; None where that cannot be."""
-        if isinstance(value, str) and self._takes_over:
-            return value
-        try:
-            return self._encryption.opened(value, place).decode()
-        except ValueError:
-            self.unreadable += 1
-            return None
-
-    def _move_events(self, last: int, session: Session) -> Optional[int]:
-        rows = self._rows(session, ", ".join(COLUMNS), "appointment_events", last)
-        for row in rows:
-            stored = AppointmentEvent._make(row)
-            if self._is_done(stored.payload):
-                continue
-            if not (isinstance(stored.payload, str) and self._takes_over):
-                stored = self._encryption.event(row)
-            if isinstance(stored, Unreadable):
-                self.unreadable += 1
-                continue
-            _, _, patient_id, _, notes, _, _, payload, index = self._encryption.row(stored)
-            session.execute("UPDATE appointment_events SET patient_id = ?, notes = ?, payload = ?, patient_hmac = ? "
-                            "WHERE id = ?", (patient_id, notes, payload, index, stored.id))
-            self.moved += 1
-        return rows[-1][-1] if rows else None
-
-    def _move_conflicts(self, last: int, session: Session) -> Optional[int]:
-        rows = self._rows(session, "event_id, received_at, payload", "conflicting_events", last)
-        for event_id, received_at, value, row_id in rows:
-            place = conflict_place(event_id, received_at)
-            payload = None if self._is_done(value) else self._opened(value, place)
-            if payload is not None:
-                digest = self._encryption.index_of(content_digest(payload).hex())
-                session.execute("UPDATE conflicting_events SET payload = ?, digest = ? WHERE id = ?",
-                                (self._encryption.sealed(payload.encode(), place), digest, row_id))
-                self.moved += 1
-        return rows[-1][-1] if rows else None
-
-    def _move_accesses(self, last: int, session: Session) -> Optional[int]:
-        rows = self._rows(session, "at, action, address, detail", "access_log", last)
-        for at, action, address, value, row_id in rows:
-            place = access_place(at, action, address)
-            detail = None if value is None or self._is_done(value) else self._opened(value, place)
-            if detail is not None:
-                session.execute("UPDATE access_log SET detail = ? WHERE id = ?",
-                                (self._encryption.sealed(detail.encode(), place), row_id))
-                self.moved += 1
-        return rows[-1][-1] if rows else None
-
-    def _move_key(self, session: Session) -> None:
-        value, = session.execute("SELECT value FROM database_keys WHERE name = 'database'").fetchone()
-        key = self._encryption.opened(value, KEY_PLACE)
-        session.execute("UPDATE database_keys SET value = ?, key_id = ? WHERE name = 'database'",
-                        (self._encryption.sealed(key, KEY_PLACE), self._encryption.key_id))
-        if not self.unreadable:
-            session.execute("DELETE FROM database_keys WHERE name = 'takeover'")
-
-
-# -- SQLite: files of other versions
-
-def _make_tables(engine: SQLite, connection: sqlite3.Connection) -> None:
-    """From version 0: a new file, one of others without our table, or one with the plain table."""
-    if _columns_of(connection):
-        _PlainTable(engine, connection).take_over()
-        _add_ledger(engine, connection)
-        return
-    engine.is_new = True
-    connection.execute(EVENTS_TABLE.format(name="appointment_events"))
-    connection.execute(EVENTS_INDEX)
-    connection.execute(CONFLICTS_TABLE)
-    connection.execute(CONFLICTS_INDEX)
-    _add_ledger(engine, connection)
-
-
-def _add_digests(engine: SQLite, connection: sqlite3.Connection) -> None:
-    """From version 1, whose conflicting_events had no digests. A program of version 1 that still runs writes
-    its number into a file that has them, so they may be there."""
-    if "digest" not in _columns_of(connection, "conflicting_events"):
-        connection.execute("ALTER TABLE conflicting_events ADD COLUMN digest BLOB")
-    for name in ("idx_conflicting_event_id", "idx_conflicting_event_digest"):
-        connection.execute(f"DROP INDEX IF EXISTS {name}")
-    highest = connection.execute("SELECT max(id) FROM conflicting_events").fetchone()[0] or 0
-    row = (0, "")
-    while row[0] < highest:                             # one at a time: each may be a megabyte
-        row = connection.execute("SELECT id, payload FROM conflicting_events WHERE id > ? "
-                                 "ORDER BY id LIMIT 1", (row[0],)).fetchone()
-        connection.execute("UPDATE conflicting_events SET digest = ? WHERE id = ?",
-                           (content_digest(row[1]), row[0]))
-    connection.execute(CONFLICTS_INDEX)
-
-
-def _add_ledger(engine: SQLite, connection: sqlite3.Connection) -> None:
-    """From version 2, which had no access log, no seals and no blind index. A program of an older version that
-    still runs writes its number into a file that has them, so they may be there."""
-    if "patient_hmac" not in _columns_of(connection):
-        connection.execute("ALTER TABLE appointment_events ADD COLUMN patient_hmac BLOB")
-    for statement in (ACCESS_TABLE, SEALS_TABLE, KEYS_TABLE):
-        connection.execute(statement.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
-    connection.execute("INSERT OR IGNORE INTO database_keys (name, value) VALUES ('database', ?)",
-                       (secrets.token_bytes(32),))
-
-
-# Each brings a file from the version of its place to the next, but the first makes the newest at once
-MIGRATIONS = (_make_tables, _add_digests, _add_ledger)
-
-
-class _PlainTable:
-    """Rebuilds a table of version 0 (no client, no payload, timestamps as the sender wrote them) as ours.
-
-    Ids stay. Two rows that turn out to be one instant of one appointment: the first is kept in the table, the
-    others in conflicting_events. Indexes and triggers are made again. A copy of the file as it was stays
-    beside it.
-    """
-    PARTS = ("SELECT type, name, sql FROM sqlite_master WHERE tbl_name = 'appointment_events' COLLATE NOCASE "
-             "AND type IN ('index', 'trigger') AND sql IS NOT NULL ORDER BY type, rowid")
-    TOLD = 10                       # ids that a note names
-
-    def __init__(self, engine: SQLite, connection: sqlite3.Connection) -> None:
-        self._engine, self._connection = engine, connection
-        self._execute = connection.execute
-        self._columns = _columns_of(connection)
-        self._kept = 0
-        self._moved: list = []
-
-    def take_over(self) -> None:
-        """Raises SetupError when a row cannot be kept, or there is no room for the copy."""
-        copy = self._copy()
-        try:
-            parts, views = self._execute(self.PARTS).fetchall(), self._working_views()
-            self._rebuild()
-            lost = [note for part in parts for note in self._make_again(*part)]
-            lost += [f"the view {printable(name)} does not work any more: a column is missing"
-                     for name in views if name not in self._working_views()]
-        except ValueError as error:
-            os.unlink(copy)
-            raise SetupError(f"database {self._engine.path}: {error}; it was not changed") from None
-        except BaseException:
-            os.unlink(copy)
-            raise
-        self._engine.notes += [f"The plain table appointment_events was taken over: {self._summary()}",
-                               f"The file as it was is kept as {copy}", *lost]
-
-    def _summary(self) -> str:
-        text = f"{self._kept} event{'s' * (self._kept != 1)} kept"
-        if self._moved:
-            ids = ", ".join(map(str, self._moved[:self.TOLD]))
-            more = f" and {len(self._moved) - self.TOLD} more" * (len(self._moved) > self.TOLD)
-            text += f", {len(self._moved)} moved to conflicting_events (id {ids}{more})"
-        return text
-
-    def _copy(self) -> str:
-        """Its path, once it is on disk. Nothing has been changed yet, and the writer's lock keeps it so."""
-        path = self._engine.path
-        try:
-            with contextlib.closing(sqlite3.connect(_uri(Path(path), "ro"), uri=True)) as source:
-                return _copy_beside(source, path, "before-migration")
-        except (OSError, sqlite3.Error) as error:
-            raise SetupError(f"database {path}: its table has to be rebuilt, and a copy of the file could "
-                             f"not be made beside it ({_reason(error, path)}); it was not changed") from None
-
-    def _rebuild(self) -> None:
-        key = "id" if "id" in self._columns else "rowid"
-        names = ", ".join(map(_quoted, self._columns))
-        execute = self._execute
-        execute(EVENTS_TABLE.format(name="migrated_events"))
-        execute("CREATE UNIQUE INDEX idx_migrated ON migrated_events (appointment_id, timestamp)")
-        execute(CONFLICTS_TABLE)
-        execute(CONFLICTS_INDEX)
-        now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        highest = execute("SELECT max(seq) FROM sqlite_sequence "
-                          "WHERE name = 'appointment_events'").fetchone()[0] or 0
-        # ids must stay different
-        self._connection.text_factory = lambda data: data.decode("utf-8", "backslashreplace")
-        for event_id, *values in execute(f"SELECT {key}, {names} FROM appointment_events ORDER BY {key}"):
-            self._move_row(event_id, _migrated_event(dict(zip(self._columns, values)), now))
-            highest = max(highest, event_id if isinstance(event_id, int) else 0)
-        self._connection.text_factory = _lenient_text
-        # An id that was once given to a sender never means another event
-        execute("DELETE FROM sqlite_sequence WHERE name = 'migrated_events'")
-        execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('migrated_events', ?)", (highest,))
-        execute("DROP TABLE appointment_events")
-        execute("DROP INDEX idx_migrated")
-        # The newer way of ALTER TABLE fails where a view reads the table that is missing just now
-        execute("PRAGMA legacy_alter_table = ON")
-        execute("ALTER TABLE migrated_events RENAME TO appointment_events")
-        execute(EVENTS_INDEX)
-
-    def _move_row(self, event_id: Any, event: AppointmentEvent) -> None:
-        try:
-            self._execute(f"INSERT INTO migrated_events (id, {', '.join(COLUMNS)}) "
-                          f"VALUES (?{', ?' * len(COLUMNS)})", (event_id, *event[:-1]))
-            self._kept += 1
-        except sqlite3.IntegrityError as error:
-            first = self._execute("SELECT id FROM migrated_events WHERE appointment_id = ? AND timestamp = ?",
-                                  (event.appointment_id, event.timestamp)).fetchone()
-            if first is None:
-                told = printable(str(event_id))
-                raise ValueError(f"the event with id {told} cannot be migrated ({error})") from None
-            Session(self._connection).keep_conflict(first[0], event, content_digest(event.payload))
-            self._moved.append(event_id)
-
-    def _working_views(self) -> set:
-        names = [row[0] for row in self._execute("SELECT name FROM sqlite_master WHERE type = 'view'")]
-        return {name for name in names if self._works(f"SELECT * FROM {_quoted(name)} LIMIT 0")}
-
-    def _works(self, statement: str) -> bool:
-        try:
-            self._execute(statement).fetchall()
-        except sqlite3.Error:
-            return False
-        return True
-
-    def _make_again(self, kind: str, name: str, statement: str) -> list:
-        """Make an index or a trigger of the old table again: [] or why that could not be."""
-        session = Session(self._connection)
-        try:
-            with session.savepoint():
-                self._execute(statement)
-                session.rehearse()
-        except sqlite3.Error as error:
-            return [f"The {kind} {printable(name)} of the old table could not be kept: "
-                    f"{printable(str(error))}"]
-        return []
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _copy_names(path: str, ending: str) -> Iterator[str]:
-    yield f"{path}.{ending}"
-    for number in itertools.count(2):
-        yield f"{path}.{ending}-{number}"
-
-
-def _saved_copy(path: str) -> str:
-    """The newest of the copies that were saved of a database that was deleted, "" when there is none."""
-    copies = itertools.takewhile(os.path.isfile, _copy_names(path, "saved"))
-    return max(copies, key=os.path.getmtime, default="")
-
-
-def _notes_of_saved(path: str) -> list:
-    """Whoever has moved the files away, and not what was saved of them, may not know that it is there."""
-    saved = _saved_copy(path)
-    if not saved:
-        return []
-    return [f"A new database {path} was begun although {saved} is there, with all that was in one that was "
-            f"deleted while it was in use: to go on with that, stop the service, move {path} away and "
-            f"{saved} in its place, and start again"]
-
-
-def _copy_beside(source: sqlite3.Connection, path: str, ending: str) -> str:
-    """Copy a database beside itself. Returns the path, once all is on disk. Raises OSError, sqlite3.Error."""
-    part = f"{path}.{ending}.part"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(part)                                 # of a copy that was interrupted
-    try:
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with contextlib.closing(sqlite3.connect(part, isolation_level=None)) as target:
-                target.execute("PRAGMA synchronous = OFF")
-                source.backup(target)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        name = next(name for name in _copy_names(path, ending) if not os.path.lexists(name))
-        os.rename(part, name)
-        _sync_folder(os.path.dirname(path))
-        return name
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
-
-
-def _sync_folder(path: str) -> None:
-    """Have the names in a folder on disk, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _migrated_event(row: dict, now: str) -> AppointmentEvent:
-    """The event in a row of the old table, {column: value}. What our table has no column for goes into the
-    payload; NULL becomes an empty text where ours takes none; a timestamp that cannot be read stays as it
-    is."""
-    row = {name: _json_value(value) for name, value in row.items() if value is not None}
-    payload = row.pop("payload", None)
-    content = {name: value for name, value in row.items() if name not in ("id", "received_at", "client")}
-    try:
-        parsed = parse_json(str(payload).encode())[0]
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        payload = json.dumps({**content, "payload": payload} if payload is not None else content)
-    elif not all(name in COLUMNS for name in content):
-        payload = json.dumps({**content, **parsed})
-    event_type, appointment_id, patient_id, timestamp = (str(row.get(name, "")) for name in REQUIRED_FIELDS)
-    received_at = _canonical_or_same(str(row.get("received_at") or now))
-    return AppointmentEvent(event_type, appointment_id, patient_id, _canonical_or_same(timestamp),
-                            row.get("notes"), received_at, row.get("client"), payload)
-
-
-def _json_value(value: Any) -> Any:
-    """What a column holds as something that JSON has: bytes and infinities as text."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _canonical_or_same(timestamp: str) -> str:
-    try:
-        return canonical_timestamp(timestamp)
-    except ValueError:
-        return timestamp
 
 
 # =============================================================================
@@ -6127,6 +6030,111 @@ def _number_runs(numbers: list) -> list:
         else:
             runs.append([number, number + 1])
     return runs
+
+
+# -- rekey
+
+class Rekeying:
+    """Encrypts with the first key what has another one, and in a database that was not encrypted all that is
+    personal. In short transactions, between which a server beside it writes; it can be begun again."""
+    STEP = 200                      # rows in a transaction
+    PATIENCE = 60.0                 # seconds to wait for a lock
+
+    def __init__(self, engine: SQLite) -> None:
+        """`engine` is open, has an encryption, and `takes_over`."""
+        self._engine, self._encryption = engine, engine.encryption
+        self.moved, self.unreadable = 0, 0
+        self._takes_over = self._do(lambda session: session.execute(
+            "SELECT 1 FROM database_keys WHERE name = 'takeover'").fetchone() is not None)
+
+    def run(self, on_step: Callable[[str, int], Any]) -> None:
+        """on_step(table, id) hears how far it is. Raises StoreUnavailable."""
+        for table, step in (("appointment_events", self._move_events), ("conflicting_events", self._move_conflicts),
+                            ("access_log", self._move_accesses)):
+            last = 0
+            while last is not None:
+                last = self._do(functools.partial(step, last))
+                on_step(table, last or 0)
+        self._do(self._move_key)
+        if self._takes_over and not self.unreadable:
+            self._engine.clear()
+
+    def _do(self, work: Callable[[Session], Any]) -> Any:
+        ends_at = time.monotonic() + self.PATIENCE
+        while True:
+            try:
+                with self._engine.transaction() as session:
+                    session.execute("PRAGMA secure_delete = ON")
+                    return work(session)
+            except StoreLocked:
+                if time.monotonic() > ends_at:
+                    raise
+                time.sleep(LOCK_STEP)
+
+    def _rows(self, session: Session, columns: str, table: str, last: int) -> list:
+        return session.execute(f"SELECT {columns}, id FROM {table} WHERE id > ? ORDER BY id LIMIT ?",
+                               (last, self.STEP)).fetchall()
+
+    def _is_done(self, value: Any) -> bool:
+        return isinstance(value, bytes) and value.startswith(self._encryption.prefix)
+
+    def _opened(self, value: Any, place: bytes) -> Optional[str]:
+        """A text, as it was or decrypted; None where that cannot be."""
+        if isinstance(value, str) and self._takes_over:
+            return value
+        try:
+            return self._encryption.opened(value, place).decode()
+        except ValueError:
+            self.unreadable += 1
+            return None
+
+    def _move_events(self, last: int, session: Session) -> Optional[int]:
+        rows = self._rows(session, ", ".join(COLUMNS), "appointment_events", last)
+        for row in rows:
+            stored = AppointmentEvent._make(row)
+            if self._is_done(stored.payload):
+                continue
+            if not (isinstance(stored.payload, str) and self._takes_over):
+                stored = self._encryption.event(row)
+            if isinstance(stored, Unreadable):
+                self.unreadable += 1
+                continue
+            _, _, patient_id, _, notes, _, _, payload, index = self._encryption.row(stored)
+            session.execute("UPDATE appointment_events SET patient_id = ?, notes = ?, payload = ?, patient_hmac = ? "
+                            "WHERE id = ?", (patient_id, notes, payload, index, stored.id))
+            self.moved += 1
+        return rows[-1][-1] if rows else None
+
+    def _move_conflicts(self, last: int, session: Session) -> Optional[int]:
+        rows = self._rows(session, "event_id, received_at, payload", "conflicting_events", last)
+        for event_id, received_at, value, row_id in rows:
+            place = conflict_place(event_id, received_at)
+            payload = None if self._is_done(value) else self._opened(value, place)
+            if payload is not None:
+                digest = self._encryption.index_of(content_digest(payload).hex())
+                session.execute("UPDATE conflicting_events SET payload = ?, digest = ? WHERE id = ?",
+                                (self._encryption.sealed(payload.encode(), place), digest, row_id))
+                self.moved += 1
+        return rows[-1][-1] if rows else None
+
+    def _move_accesses(self, last: int, session: Session) -> Optional[int]:
+        rows = self._rows(session, "at, action, address, detail", "access_log", last)
+        for at, action, address, value, row_id in rows:
+            place = access_place(at, action, address)
+            detail = None if value is None or self._is_done(value) else self._opened(value, place)
+            if detail is not None:
+                session.execute("UPDATE access_log SET detail = ? WHERE id = ?",
+                                (self._encryption.sealed(detail.encode(), place), row_id))
+                self.moved += 1
+        return rows[-1][-1] if rows else None
+
+    def _move_key(self, session: Session) -> None:
+        value, = session.execute("SELECT value FROM database_keys WHERE name = 'database'").fetchone()
+        key = self._encryption.opened(value, KEY_PLACE)
+        session.execute("UPDATE database_keys SET value = ?, key_id = ? WHERE name = 'database'",
+                        (self._encryption.sealed(key, KEY_PLACE), self._encryption.key_id))
+        if not self.unreadable:
+            session.execute("DELETE FROM database_keys WHERE name = 'takeover'")
 
 
 # =============================================================================
