@@ -4754,8 +4754,7 @@ class LedgerTest(EngineTest):
         self.assertEqual({source: count for source, (_, count) in by_source.items()},
                          {"appointment_events": 600, "conflicting_events": 2, "access_log": 2})
         self.assertEqual(self.verify(), "")
-        self.assertRegex(self.summary, r"\Aok: 600 events, 2 conflicts, 2 accesses, sealed up to \d{4}-\d\d-\d\dT[\d:.]+Z"
-                         r"; of \d+ seals only the chain was checked")
+        self.assertRegex(self.summary, r"\Aok: 600 events, 2 conflicts, 2 accesses, sealed up to \d{4}-\d\d-\d\dT[\d:.]+Z\Z")
 
     def test_what_was_there_before_the_first_start_is_sealed_as_it_is_found(self):
         engine = self.engine()
@@ -4886,6 +4885,16 @@ class LedgerTest(EngineTest):
         self.assertEqual(self.verify(), "")
         self.assertIn("10 events", self.summary)
 
+    def test_verify_beside_a_ledger_that_seals_finds_nothing_wrong(self):
+        with mock.patch.object(receiver, "SEAL_SECONDS", 0.001):
+            store, ledger = self.running()
+            for number in range(150):
+                store.add(stored_event(number))
+                if number % 10 == 0:
+                    self.assertEqual(self.verify(), "")
+            self.end(store, ledger)
+        self.assertEqual(self.verify(), "")
+
     def rewrite(self):
         """History as a forger without a key would rewrite it: a row is changed, and all seals are made anew."""
         write_rows(self.database, "UPDATE appointment_events SET notes = 'forged' WHERE id = 3",
@@ -4914,6 +4923,26 @@ class LedgerTest(EngineTest):
             write_rows(self.database, ("UPDATE seals SET content = ?, digest = ?, hmac = ? WHERE id = ?",
                                        (seal.content, digest, forger.sign(digest), seal.id)))
         self.assertRegex(self.verify(), "^changed: seal 1 .*not signed")
+
+    def test_who_has_no_key_cannot_leave_the_signature_out_either(self):
+        encryption = receiver.Encryption(self.KEYS)
+        for key_id in (None, "gone"):
+            self.filled(300, encryption)
+            write_rows(self.database, "DELETE FROM appointment_events WHERE id = 300")
+            *_, last = [receiver.Seal._make(row) for row in self.seals(receiver.SEAL_COLUMNS) if row[2] == "appointment_events"]
+            digest = rows(self.database, f"SELECT digest FROM seals WHERE id = {last.id - 1}")
+            for row in self.seals(receiver.SEAL_COLUMNS)[last.id - 1:]:
+                forged = receiver.Seal._make(row)._replace(key_id=key_id, hmac=None)
+                if forged.id == last.id:
+                    with contextlib.closing(sqlite3.connect(str(self.database))) as connection:
+                        block = receiver.block_of(connection, encryption, receiver.SOURCES[last.source], last.first_id - 1,
+                                                  last.last_id)
+                    forged = forged._replace(rows=block.rows, content=block.content)
+                digest = forged.chained(digest)
+                write_rows(self.database, ("UPDATE seals SET rows = ?, content = ?, digest = ?, hmac = NULL, key_id = ? "
+                                           "WHERE id = ?", (forged.rows, forged.content, digest, key_id, forged.id)))
+            self.assertRegex(self.verify(), f"^changed: seal {last.id} .*no key that is here")
+            self.database.unlink()
 
     def test_rekey_breaks_no_seal_and_a_key_that_is_gone_leaves_the_chain(self):
         self.filled(300)

@@ -5823,17 +5823,13 @@ class Verification:
         self._digest = first_digest(database_secret(connection, encryption))
         self._last: dict = dict.fromkeys(SOURCES, 0)
         self.rows: Counter = Counter()
-        self.number, self.sealed_up_to, self.unsigned = 0, "", 0
+        self.number, self.sealed_up_to, self.signed, self.unsigned = 0, "", 0, 0
         self._purged: list = []         # seals whose rows are gone
 
     def run(self, known: dict, on_seal: Callable[[int], Any] = lambda number: None) -> None:
         """Check all. `known` is {number: digest} out of logs. Raises Mismatch."""
         while self._check_next(known):
             on_seal(self.number)
-        missing = [number for number in known if number > self.number]
-        used, = self._connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'seals'").fetchone()
-        if missing or (used or 0) > self.number:
-            raise Mismatch(f"removed: seals behind number {self.number}")
         self._check_purges()
 
     def _check_next(self, known: dict) -> bool:
@@ -5844,6 +5840,9 @@ class Verification:
                                             (self.number,)).fetchall()
             for row in rows:
                 self._check(Seal._make(row), known)
+            used, = self._connection.execute("SELECT max(seq) FROM sqlite_sequence WHERE name = 'seals'").fetchone()
+            if not rows and max([*known, used or 0]) > self.number:
+                raise Mismatch(f"removed: seals behind number {self.number}")
             return bool(rows)
         finally:
             self._connection.execute("COMMIT")
@@ -5869,10 +5868,14 @@ class Verification:
         fits = None
         if self._encryption is not None and seal.key_id is not None:
             fits = self._encryption.fits(seal.key_id, seal.digest, seal.hmac)
-        if fits is None:
-            self.unsigned += 1
         if fits is False or seal.key_id is None and seal.hmac is not None:
             raise Mismatch(f"changed: {where} is not signed by its key")
+        if fits is None:
+            self.unsigned += self._encryption is not None
+            if self.signed:             # keys come and go in order: who cannot sign would only leave it out
+                raise Mismatch(f"changed: {where} is signed with no key that is here, unlike those before it")
+        else:
+            self.signed += 1
 
     def _check_rows(self, seal: Seal, where: str) -> None:
         source = SOURCES[seal.source]
@@ -5933,9 +5936,9 @@ class Verification:
                 raise Mismatch("changed: a purge in access_log") from None
         for seal in self._purged:
             if seal.source == "access_log":
-                oldest = max(oldest, seal.purged)
+                oldest = max(oldest, str(seal.purged))
         for seal in self._purged:
-            if seal.id not in told and seal.purged > oldest:
+            if seal.id not in told and str(seal.purged) > oldest:
                 raise Mismatch(f"removed: rows of seal {seal.id} ({seal.source} {seal.first_id} to {seal.last_id}), "
                                "and no purge in access_log tells of it")
 
@@ -5948,7 +5951,7 @@ class Verification:
         if self._purged:
             text += f"; the rows of {len(self._purged)} seals were purged"
         if self.unsigned:
-            text += f"; of {self.unsigned} seals only the chain was checked, as they are signed with no key that is here"
+            text += f"; of {self.unsigned} seals only the chain was checked, as no key that is here has signed them"
         return text
 
 
@@ -5971,11 +5974,13 @@ def purge_database(path: str, encryption: Optional[Encryption], before: str, tab
 
 
 def patiently(engine: SQLite, work: Callable[[Session], Any], seconds: float = 60.0) -> Any:
-    """work(session) in a transaction of an engine, waiting for locks of others. Raises StoreUnavailable."""
+    """work(session) in a transaction of an engine, waiting for locks of others; what it removes or replaces is
+    overwritten. Raises StoreUnavailable."""
     ends_at = time.monotonic() + seconds
     while True:
         try:
             with engine.transaction() as session:
+                session.execute("PRAGMA secure_delete = ON")
                 return work(session)
         except StoreLocked:
             if time.monotonic() > ends_at:
@@ -6000,7 +6005,6 @@ def purge(engine: SQLite, before: str, tables: Iterable, client: Optional[str] =
 def _purge_blocks(source: Source, before: str, client: Optional[str], encryption: Optional[Encryption], last: int,
                   session: Session) -> tuple:
     """(number of the last seal that was looked at, None at the end; how many rows went) of one transaction."""
-    session.execute("PRAGMA secure_delete = ON")
     seals = session.execute("SELECT id, first_id, last_id, rows FROM seals WHERE id > ? AND source = ? AND purged IS NULL "
                             "ORDER BY id LIMIT ?", (last, source.table, PURGE_BLOCKS)).fetchall()
     gone, removed, now = [], 0, utc_now()
@@ -6038,12 +6042,12 @@ class Rekeying:
     """Encrypts with the first key what has another one, and in a database that was not encrypted all that is
     personal. In short transactions, between which a server beside it writes; it can be begun again."""
     STEP = 200                      # rows in a transaction
-    PATIENCE = 60.0                 # seconds to wait for a lock
 
     def __init__(self, engine: SQLite) -> None:
         """`engine` is open, has an encryption, and `takes_over`."""
         self._engine, self._encryption = engine, engine.encryption
         self.moved, self.unreadable = 0, 0
+        self._do = functools.partial(patiently, engine)
         self._takes_over = self._do(lambda session: session.execute(
             "SELECT 1 FROM database_keys WHERE name = 'takeover'").fetchone() is not None)
 
@@ -6058,18 +6062,6 @@ class Rekeying:
         self._do(self._move_key)
         if self._takes_over and not self.unreadable:
             self._engine.clear()
-
-    def _do(self, work: Callable[[Session], Any]) -> Any:
-        ends_at = time.monotonic() + self.PATIENCE
-        while True:
-            try:
-                with self._engine.transaction() as session:
-                    session.execute("PRAGMA secure_delete = ON")
-                    return work(session)
-            except StoreLocked:
-                if time.monotonic() > ends_at:
-                    raise
-                time.sleep(LOCK_STEP)
 
     def _rows(self, session: Session, columns: str, table: str, last: int) -> list:
         return session.execute(f"SELECT {columns}, id FROM {table} WHERE id > ? ORDER BY id LIMIT ?",
