@@ -2540,7 +2540,7 @@ class SQLiteTest(EngineTest):
         engine = self.engine()
         names = [name for name, in rows(self.database, "SELECT name FROM pragma_table_info('appointment_events')")]
         self.assertEqual(names, ["id", "event_type", "appointment_id", "patient_id", "timestamp", "notes", "received_at",
-                                 "client", "payload", "patient_hmac"])
+                                 "client", "payload", "patient_hmac", "content_hmac"])
         self.assertEqual(rows(self.database, "PRAGMA journal_mode"), "wal")
         self.assertEqual(rows(self.database, "PRAGMA user_version"), SQLite.DATA_VERSION)
         self.assertEqual(engine.writer.execute("PRAGMA synchronous").fetchone()[0], 2)
@@ -2825,7 +2825,7 @@ class SQLiteTest(EngineTest):
     def test_what_is_not_utf_8_is_read_and_never_quoted_in_an_error(self):
         engine = self.engine()
         write_rows(self.database, "INSERT INTO appointment_events VALUES (1, 'scheduled', 'APT-1', 'PAT-1', "
-                   "'2025-01-10T14:00:00Z', CAST(x'4a6f686eff' AS TEXT), '2025-01-10T14:00:00Z', NULL, '{}', NULL)")
+                   "'2025-01-10T14:00:00Z', CAST(x'4a6f686eff' AS TEXT), '2025-01-10T14:00:00Z', NULL, '{}', NULL, NULL)")
         self.assertEqual(read(engine, Filter(), 0, 10)[0].notes, "John\ufffd")
         self.assertEqual(write(engine, [stored_event(1, timestamp="2025-01-10T14:00:00Z")])[0].kind,
                          "duplicate")
@@ -4836,7 +4836,7 @@ class LedgerTest(EngineTest):
         self.filled(300)
         whole = self.database.read_bytes()
         copy = "INSERT INTO appointment_events SELECT {}, event_type, 'X', patient_id, timestamp, notes, received_at, client, " \
-               "payload, patient_hmac FROM appointment_events WHERE id = 5"
+               "payload, patient_hmac, content_hmac FROM appointment_events WHERE id = 5"
         for statements, words in (
                 (["DELETE FROM appointment_events WHERE id = 7"], "removed: .*appointment_events 1 to 256.*255 are there"),
                 (["DELETE FROM conflicting_events"], "removed: .*conflicting_events 1 to 2.*no row is left"),
@@ -4873,7 +4873,7 @@ class LedgerTest(EngineTest):
         self.end(store, ledger)
         self.assertEqual(rows(self.database, "SELECT max(id) FROM appointment_events"), 3)
         write_rows(self.database, "INSERT INTO appointment_events SELECT 2, event_type, 'X', patient_id, timestamp, notes, "
-                   "received_at, client, payload, NULL FROM appointment_events WHERE id = 1")
+                   "received_at, client, payload, NULL, NULL FROM appointment_events WHERE id = 1")
         self.assertRegex(self.verify(), r"^put in: .*[23] are there.*[12] were sealed")
 
     def test_rows_that_are_not_sealed_yet_are_no_fault(self):

@@ -3260,28 +3260,39 @@ class Encryption:
 
     # -- rows
 
-    def row(self, event: AppointmentEvent) -> tuple:
-        """The columns of an event as they are stored, and patient_hmac. Hot path: all that is personal is one
-        ciphertext, in the column of the payload, as three would take three times as long."""
+    def row(self, event: AppointmentEvent, content_key: Any) -> tuple:
+        """The columns of an event as they are stored, patient_hmac, and content_hmac by the database's key.
+
+        Hot path: all that is personal is one ciphertext, in the column of the payload, as three would take three
+        times as long. content_hmac stands for it in the seals, which need not decrypt it then.
+        """
         event_type, appointment_id, patient_id, timestamp, notes, received_at, client, payload, _ = event
         patient, noted = patient_id.encode(), (notes or "").encode()
         data = b"%d:%d:%b%b%b" % (len(patient), -1 if notes is None else len(noted), patient, noted, payload.encode())
         return (event_type, appointment_id, "", timestamp, None, received_at, client,
-                self.sealed(data, event_place(appointment_id, timestamp)), self.index_of(patient_id))
+                self.sealed(data, event_place(appointment_id, timestamp)), self.index_of(patient_id),
+                _hmac_of(content_key, data))
 
     def personal_of(self, row: Sequence) -> tuple:
         """(patient_id, notes or None, payload) as UTF-8, of a row of the columns of an AppointmentEvent. Raises
         ValueError."""
         if row[2] != "" or row[4] is not None:
             raise ValueError("patient_id or notes are not encrypted")
-        return self.parts_of(row[7], event_place(row[1], row[3]))
+        return self.parts_of(self.opened(row[7], event_place(row[1], row[3])))
 
-    def parts_of(self, value: Any, place: bytes) -> tuple:
-        """The same, of the column of the payload alone."""
-        patient_length, notes_length, text = self.opened(value, place).split(b":", 2)
+    @staticmethod
+    def parts_of(data: bytes) -> tuple:
+        """The same, of what was encrypted."""
+        patient_length, notes_length, text = data.split(b":", 2)
         notes_at = int(patient_length)
         payload_at = notes_at + max(0, int(notes_length))
         return text[:notes_at], text[notes_at:payload_at] if notes_length != b"-1" else None, text[payload_at:]
+
+    def fits_row(self, row: Sequence, index: Any, content: Any, content_key: Any) -> bool:
+        """Whether patient_hmac and content_hmac are those of a row. Raises ValueError where it is unreadable."""
+        patient_id = self.personal_of(row)[0].decode()
+        data = self.opened(row[7], event_place(row[1], row[3]))
+        return index in self.indexes_of(patient_id) and content == _hmac_of(content_key, data)
 
     def event(self, row: Sequence) -> AppointmentEvent:
         """The event in a row as it is stored: an Unreadable one, of which it tells, where that cannot be."""
@@ -3799,7 +3810,8 @@ CREATE TABLE {name} (
     received_at TEXT NOT NULL,    -- UTC
     client TEXT,                  -- who sent it
     payload TEXT NOT NULL,        -- the JSON as it came: no extra field is lost
-    patient_hmac BLOB             -- by which a patient is found where patient_id is encrypted
+    patient_hmac BLOB,            -- by which a patient is found where patient_id is encrypted
+    content_hmac BLOB             -- what is sealed of what is encrypted
 )"""
 # The same unique index finds duplicates and looks up appointments; a second one would only cost writes
 EVENTS_INDEX = ("CREATE UNIQUE INDEX idx_appointment_timestamp ON appointment_events "
@@ -3873,7 +3885,8 @@ class Session:
     # would be six statements; 64 rows stay below SQLite's old limit of 999 values.
     MOST_ROWS = 64
     INSERTS = tuple(_insert_statement(rows, COLUMNS) for rows in range(MOST_ROWS + 1))
-    ENCRYPTED_INSERTS = tuple(_insert_statement(rows, (*COLUMNS, "patient_hmac")) for rows in range(MOST_ROWS + 1))
+    ENCRYPTED_INSERTS = tuple(_insert_statement(rows, (*COLUMNS, "patient_hmac", "content_hmac"))
+                              for rows in range(MOST_ROWS + 1))
     FIND = "SELECT id FROM appointment_events WHERE appointment_id = ? AND timestamp = ?"
     NEWEST = "SELECT id, appointment_id, timestamp FROM appointment_events ORDER BY id DESC LIMIT ?"
     # octet_length reads no overflow page; before SQLite 3.43 nothing else tells a text's length
@@ -3891,8 +3904,10 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
     ROW_ERRORS = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError,
                   ValueError, TypeError, OverflowError)
 
-    def __init__(self, connection: sqlite3.Connection, encryption: Optional[Encryption] = None) -> None:
-        self._connection, self._encryption = connection, encryption
+    def __init__(self, connection: sqlite3.Connection, encryption: Optional[Encryption] = None,
+                 content_key: Any = None) -> None:
+        """`content_key` goes with an `encryption`: that of the database for content_hmac."""
+        self._connection, self._encryption, self._content_key = connection, encryption, content_key
         self.execute = connection.execute
         self._compared = 0              # bytes of stored payloads that this transaction has looked at
 
@@ -3957,7 +3972,7 @@ SELECT :event_id, :received_at, :client, :payload, :digest WHERE NOT EXISTS (
                 values += event[:-1]
             return self.execute(self.INSERTS[len(events)], values)
         for event in events:
-            values += encryption.row(event)
+            values += encryption.row(event, self._content_key)
         return self.execute(self.ENCRYPTED_INSERTS[len(events)], values)
 
     def _sort_out(self, chunk: list, stored: int) -> list:
@@ -4081,7 +4096,7 @@ def _refuse_other_tables(connection: sqlite3.Connection, path: str, version: int
     if version > 1:
         connection.execute("SELECT digest FROM conflicting_events LIMIT 1")
     if version > 2:
-        connection.execute("SELECT patient_hmac FROM appointment_events LIMIT 1")
+        connection.execute("SELECT patient_hmac, content_hmac FROM appointment_events LIMIT 1")
         connection.execute("SELECT at, client, address, action, detail, rows FROM access_log LIMIT 1")
         connection.execute("SELECT at, source, first_id, last_id, rows, content, digest, hmac, key_id, purged "
                            "FROM seals LIMIT 1")
@@ -4127,6 +4142,20 @@ def _encrypt_key(connection: sqlite3.Connection, encryption: Encryption) -> None
             connection.execute("INSERT INTO database_keys (name, value) VALUES ('takeover', x'')")
 
 
+def database_secret(connection: sqlite3.Connection, encryption: Optional[Encryption]) -> bytes:
+    """The random key of a database. Raises StoreUnavailable where it cannot be read."""
+    value, = connection.execute("SELECT value FROM database_keys WHERE name = 'database'").fetchone()
+    try:
+        return bytes(value) if encryption is None else encryption.opened(value, KEY_PLACE)
+    except ValueError as error:
+        raise StoreUnavailable(f"the key of the database cannot be read: {error}") from None
+
+
+def content_key_of(secret: bytes) -> Any:
+    """An HMAC for content_hmac, with a key out of a database's random one: it stays when encryption keys change."""
+    return hmac.new(hmac.digest(secret, b"content", "sha256"), digestmod="sha256")
+
+
 def _columns_of(connection: sqlite3.Connection, table: str = "appointment_events") -> list:
     return [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
 
@@ -4169,10 +4198,11 @@ def _add_digests(engine: Any, connection: sqlite3.Connection) -> None:
 
 
 def _add_ledger(engine: Any, connection: sqlite3.Connection) -> None:
-    """From version 2, which had no access log, no seals and no blind index. A program of an older version that
+    """From version 2, which had no access log, no seals and nothing encrypted. A program of an older version that
     still runs writes its number into a file that has them, so they may be there."""
-    if "patient_hmac" not in _columns_of(connection):
-        connection.execute("ALTER TABLE appointment_events ADD COLUMN patient_hmac BLOB")
+    for name in ("patient_hmac", "content_hmac"):
+        if name not in _columns_of(connection):
+            connection.execute(f"ALTER TABLE appointment_events ADD COLUMN {name} BLOB")
     for statement in (ACCESS_TABLE, SEALS_TABLE, KEYS_TABLE):
         connection.execute(statement.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
     connection.execute("INSERT OR IGNORE INTO database_keys (name, value) VALUES ('database', ?)",
@@ -4420,6 +4450,7 @@ class SQLite:
         self.files: Optional[_Files] = None
         self.lock = threading.Lock()        # the writer's
         self.writer: Optional[sqlite3.Connection] = None
+        self.content_key: Any = None        # see Encryption.row()
         self._saved = ""                    # the copy of a file that was deleted while it is in use
         self.readers = _Readers(self)
         self.checkpoints = _Checkpoints(self)
@@ -4446,6 +4477,7 @@ class SQLite:
                 self._inspect()
             self.writer = self.connect(self._cache_kib - self.readers.MOST * self.readers.CACHE_KIB)
             self._prepare(self.writer)
+            self.content_key = content_key_of(database_secret(self.writer, self.encryption))
             if self.is_new:
                 self.notes += _notes_of_saved(self.path)
             self.files.watch()
@@ -4536,7 +4568,7 @@ class SQLite:
                 self.check()
             # A deferred one that reads first gets SQLITE_BUSY at its first write, whatever the timeout
             connection.execute("BEGIN IMMEDIATE")
-            yield Session(connection, self.encryption)
+            yield Session(connection, self.encryption, self.content_key)
             connection.execute("COMMIT")
             if not self.files.is_only_wal_longer():
                 self.check()
@@ -5538,6 +5570,10 @@ SOURCES = {source.table: source for source in (
     Source("access_log", "at", ("id", "at", "client", "address", "action", "detail", "rows")),
 )}
 
+# Of an encrypted event an HMAC of the content is sealed instead, so that a seal need not decrypt it
+ENCRYPTED_EVENTS = Source("appointment_events", "received_at", (
+    "id", "event_type", "appointment_id", "timestamp", "received_at", "client", "content_hmac"))
+
 
 def canonical_row(values: Iterable) -> bytes:
     """Values of SQLite as bytes that mean these values only: type and length of each, then their texts."""
@@ -5571,8 +5607,10 @@ def block_of(connection: sqlite3.Connection, encryption: Optional[Encryption], s
     """The first block behind an id, of what canonical_row() makes of its rows; None where nothing is.
 
     Hot path: SQLite makes one text of a block, so that the interpreter's lock is given away twice for 256 rows and
-    not for each: that had cost a sixth of the requests per second. Encrypted rows have to be decrypted here.
+    not for each: that had cost a sixth of the requests per second. Other encrypted rows have to be decrypted here.
     """
+    if source is ENCRYPTED_EVENTS:
+        encryption = None
     heads, texts = _canonical_in_sql(source.columns)
     rows = (f"(SELECT id, {source.time} AS at, {heads} AS heads, {texts} AS texts FROM {source.table} "
             "WHERE id > ? AND id <= ? ORDER BY id LIMIT ?)")
@@ -5612,7 +5650,7 @@ def _decrypt_event(encryption: Encryption, heads: list, texts: list) -> None:
     if (heads[3], heads[5], heads[8][:5]) != ("text:0", "null:0", "blob:"):
         raise ValueError("patient_id, notes or payload are not encrypted")
     place = b"appointment_events\0payload\0%b\0%b" % (texts[2], texts[4])
-    patient_id, notes, payload = encryption.parts_of(texts[8], place)
+    patient_id, notes, payload = encryption.parts_of(encryption.opened(texts[8], place))
     if notes is not None:
         heads[5], texts[5] = f"text:{len(notes)}", notes
     heads[3], heads[8], texts[3], texts[8] = f"text:{len(patient_id)}", f"text:{len(payload)}", patient_id, payload
@@ -5644,15 +5682,6 @@ def rows_that_fit(connection: sqlite3.Connection, source: Source, after: int) ->
     size, = connection.execute(f"SELECT sum(length({source.columns[-1]})) FROM (SELECT {source.columns[-1]} FROM "
                                f"{source.table} WHERE id > ? ORDER BY id LIMIT ?)", (after, SEAL_ROWS)).fetchone()
     return SEAL_ROWS if (size or 0) < SEAL_BYTES else 1 + SEAL_ROWS * SEAL_BYTES // (16 * size)
-
-
-def database_secret(connection: sqlite3.Connection, encryption: Optional[Encryption]) -> bytes:
-    """The random key of a database. Raises StoreUnavailable where it cannot be read."""
-    value, = connection.execute("SELECT value FROM database_keys WHERE name = 'database'").fetchone()
-    try:
-        return bytes(value) if encryption is None else encryption.opened(value, KEY_PLACE)
-    except ValueError as error:
-        raise StoreUnavailable(f"the key of the database cannot be read: {error}") from None
 
 
 class Seal(NamedTuple):
@@ -5771,10 +5800,11 @@ class Ledger:
         number, digest, signer = self._newest.id if self._newest else 0, self._digest, self._engine.encryption
         for source in SOURCES.values():
             last = self._sealed[source.table]
+            form = ENCRYPTED_EVENTS if signer and source.table == "appointment_events" else source
             while len(seals) < SEAL_BLOCKS:
                 with self._engine.readers.reading() as connection:
                     most = rows_that_fit(connection, source, last)
-                    block = block_of(connection, signer, source, last, 2 ** 63 - 1, most)
+                    block = block_of(connection, signer, form, last, 2 ** 63 - 1, most)
                 if block is None:
                     break
                 number += 1
@@ -5820,7 +5850,8 @@ class Verification:
 
     def __init__(self, connection: sqlite3.Connection, encryption: Optional[Encryption]) -> None:
         self._connection, self._encryption = connection, encryption
-        self._digest = first_digest(database_secret(connection, encryption))
+        secret = database_secret(connection, encryption)
+        self._digest, self._content_key = first_digest(secret), content_key_of(secret)
         self._last: dict = dict.fromkeys(SOURCES, 0)
         self.rows: Counter = Counter()
         self.number, self.sealed_up_to, self.signed, self.unsigned = 0, "", 0, 0
@@ -5879,6 +5910,8 @@ class Verification:
 
     def _check_rows(self, seal: Seal, where: str) -> None:
         source = SOURCES[seal.source]
+        if seal.key_id is not None and seal.source == "appointment_events":
+            source = ENCRYPTED_EVENTS
         block = block_of(self._connection, self._encryption, source, seal.first_id - 1, seal.last_id,
                          seal.rows + SEAL_ROWS)
         if seal.purged is not None and block is None:
@@ -5906,12 +5939,19 @@ class Verification:
         if source.table != "appointment_events":
             return False
         if encryption is None:
-            return self._connection.execute("SELECT 1 FROM appointment_events WHERE id BETWEEN ? AND ? AND "
-                                            "patient_hmac IS NOT NULL LIMIT 1", ids).fetchone() is not None
-        found = self._connection.execute(f"SELECT {', '.join(COLUMNS)}, id, patient_hmac FROM appointment_events "
-                                         "WHERE id BETWEEN ? AND ?", ids)
-        return any(not isinstance(event, Unreadable) and index not in encryption.indexes_of(event.patient_id)
-                   for event, index in ((encryption.event(row[:-1]), row[-1]) for row in found))
+            return self._connection.execute(
+                "SELECT 1 FROM appointment_events WHERE id BETWEEN ? AND ? AND (patient_hmac IS NOT NULL OR "
+                "content_hmac IS NOT NULL) LIMIT 1", ids).fetchone() is not None
+        for *row, index, content in self._connection.execute(
+                f"SELECT {', '.join(COLUMNS)}, patient_hmac, content_hmac FROM appointment_events "
+                "WHERE id BETWEEN ? AND ?", ids):
+            try:
+                if not encryption.fits_row(row, index, content, self._content_key):
+                    return True
+            except ValueError:          # what was not encrypted may have been sealed as such
+                if source is ENCRYPTED_EVENTS:
+                    return True
+        return False
 
     def _fits_digest(self, event_id: int, received_at: str, payload: Any, digest: Any) -> bool:
         if self._encryption is None:
@@ -6091,9 +6131,9 @@ class Rekeying:
             if isinstance(stored, Unreadable):
                 self.unreadable += 1
                 continue
-            _, _, patient_id, _, notes, _, _, payload, index = self._encryption.row(stored)
-            session.execute("UPDATE appointment_events SET patient_id = ?, notes = ?, payload = ?, patient_hmac = ? "
-                            "WHERE id = ?", (patient_id, notes, payload, index, stored.id))
+            _, _, patient_id, _, notes, _, _, *hidden = self._encryption.row(stored, self._engine.content_key)
+            session.execute("UPDATE appointment_events SET patient_id = ?, notes = ?, payload = ?, patient_hmac = ?, "
+                            "content_hmac = ? WHERE id = ?", (patient_id, notes, *hidden, stored.id))
             self.moved += 1
         return rows[-1][-1] if rows else None
 
