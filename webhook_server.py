@@ -5587,7 +5587,8 @@ def canonical_row(values: Iterable) -> bytes:
 
 
 class Block(NamedTuple):
-    """Rows that follow each other: how many, the last id, their first and last time, SHA-256 of what they mean."""
+    """Rows that follow each other: how many, the last id, their first and last time, SHA-256 of what they mean:
+    of lines with canonical_row() in hexadecimal."""
     rows: int
     last_id: int
     since: str
@@ -5614,16 +5615,18 @@ def block_of(connection: sqlite3.Connection, encryption: Optional[Encryption], s
     heads, texts = _canonical_in_sql(source.columns)
     rows = (f"(SELECT id, {source.time} AS at, {heads} AS heads, {texts} AS texts FROM {source.table} "
             "WHERE id > ? AND id <= ? ORDER BY id LIMIT ?)")
-    parts = "'', CAST(group_concat(heads || texts, char(10)) AS BLOB)"
+    # In hexadecimal: before SQLite 3.40 group_concat() cuts a text at its first NUL
+    parts = "'', group_concat(hex(heads || texts), char(10))"
     if encryption is not None:
-        parts = "group_concat(heads, ''), CAST(group_concat(texts, '') AS BLOB)"
+        parts = "group_concat(heads, ''), group_concat(hex(texts), '')"
     *found, heads, data = connection.execute(f"SELECT count(*), max(id), min(at), max(at), {parts} FROM {rows}",
                                              (after, up_to, most)).fetchone()
     if not found[0]:
         return None
     if encryption is not None:
-        data = b"\n".join(_decrypted_rows(encryption, source, heads, data))
-    return Block(*found, hashlib.sha256(data).digest())
+        rows = _decrypted_rows(encryption, source, heads, bytes.fromhex(data))
+        data = "\n".join(row.hex().upper() for row in rows)
+    return Block(*found, hashlib.sha256(data.encode()).digest())
 
 
 def _decrypted_rows(encryption: Encryption, source: Source, heads: str, data: bytes) -> Iterator[bytes]:
