@@ -9565,6 +9565,7 @@ class TLSTest(HTTPTest):
             connection.sendall(bytes([byte]))
         self.assertEqual(self.read_answer(connection).status, 200)
 
+    @unittest.skipUnless(fcntl, "asks the system what was read")
     def test_a_record_in_pieces_is_waited_for(self):
         """By the poller, too, which must not wait itself."""
         server = self.start_tls()
