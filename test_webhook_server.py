@@ -4773,7 +4773,7 @@ class LedgerTest(EngineTest):
             store.add(stored_event(1))
             until(lambda: self.seals("count(*)") == 1, "a seal")
             with mock.patch.object(store, "do", side_effect=AssertionError("wrote")) as done:
-                before, read = ledger._told_at, []
+                read = []
                 with mock.patch.object(ledger, "_next_seals", side_effect=lambda: read.append(1) or []):
                     until(lambda: len(read) > 5, "further steps")
                 self.assertEqual(done.call_count, 0)
@@ -8555,6 +8555,16 @@ class AccessTest(ClientsServerTest):
         self.assertLessEqual(int(answer.headers["retry-after"]), 60)
         self.assertEqual(self.post(server).status, 401)         # who shows nothing does not guess
 
+    def test_a_stranger_whose_small_body_comes_in_pieces_does_not_end_the_connection(self):
+        server = self.start_roles()
+        connection = self.connect(server)
+        refused = post_bytes(event(), "X-API-Key: " + KEYS["none"])
+        connection.sendall(refused[:-5])
+        until(lambda: [one.phase for one in server._server.open_connections] == [receiver.Phase.BODY], "the body")
+        connection.sendall(refused[-5:] + post_bytes(event(), "X-API-Key: " + KEYS["sender"]))
+        connection.shutdown(socket.SHUT_WR)
+        self.assertEqual(statuses(read_all(connection)), [401, 200])
+
     def test_the_same_bytes_from_elsewhere_get_no_more_than_they_may(self):
         server = self.start_with(key_entry("sender", allow_from=["127.0.0.2/32"]))
         request = post_bytes(event(), "X-API-Key: " + KEYS["sender"])
@@ -8864,6 +8874,18 @@ class TokenAccessTest(OauthTest, ClientsServerTest):
         self.assertEqual(rows(self.database, "SELECT client FROM appointment_events"), "oauth:robot__x_y_z")
         answer = self.call(server, **self.bearer(scope="x"))
         self.assertEqual(answer.headers["www-authenticate"], 'Bearer realm="appointments", error="insufficient_scope"')
+
+    def test_a_token_names_a_tenant_only_where_its_scope_is_that_of_an_admin(self):
+        server = self.start_oauth({"name": "north", "roles": ["sender"], "tenant": "north", "key_sha256": [
+            hashlib.sha256(KEYS["sender"].encode()).hexdigest()]}, scopes={"read": "reader", "all": "admin"})
+        self.post(server, X_API_Key=KEYS["sender"])
+        for scope, tenant, status in (("read", "north", 403), ("read", "none", 403), ("all", "north", 200), ("all", "none", 404),
+                                      ("x", "north", 403)):
+            with self.subTest(scope, tenant=tenant):
+                answer = self.call(server, path=f"{PATH}?tenant={tenant}", **self.bearer(scope=scope))
+                self.assertEqual(answer.status, status)
+        answer = self.call(server, path=PATH + "?tenant=north", **self.bearer(scope="all"))
+        self.assertEqual(len(answer.json["events"]), 1)
 
     def test_a_token_that_names_a_client_gets_its_tenant_roles_and_rate(self):
         server = self.start_oauth(
@@ -9312,6 +9334,14 @@ class TenantTest(HTTPTest):
         self.assertEqual(self.call(server, path=PATH + "?tenant=north&tenant=south", **self.as_["admin"]).status, 400)
         self.assertEqual(self.post(server, event(), **self.as_["admin"]).status, 200)
         self.assertEqual(self.call(server, "POST", PATH + "?tenant=north", event(), **self.as_["admin"]).status, 409)
+
+    def test_a_disabled_admin_hears_nothing_of_tenants(self):
+        path = self.folder / "clients.json"
+        path.write_text(json.dumps({"clients": [key_entry("admin", disabled=True), key_entry("sender", tenant="north")]}))
+        server = self.start(clients=str(path))
+        for tenant in ("north", "none"):
+            answer = self.call(server, path=f"{PATH}?tenant={tenant}", X_API_Key=KEYS["admin"])
+            self.assertEqual((answer.status, answer.json["message"]), (403, "This client is disabled"))
 
     def test_without_clients_there_are_no_tenants(self):
         self.assertEqual(self.call(self.start(), path=PATH + "?tenant=north").status, 404)

@@ -8094,17 +8094,22 @@ class Access:
 
     def _admitted(self, client: Client, role: str, head: Head) -> tuple:
         """(Caller, Check or None) of a client that is known."""
-        caller, check = self._callers[client], client.admission(role)
+        is_overseer = not client.tenant and "admin" in client.roles
+        return self._in_tenant(self._callers[client], client.admission(role), is_overseer, role, head)
+
+    def _in_tenant(self, caller: Caller, check: Optional[Check], is_overseer: bool, role: str, head: Head) -> tuple:
+        """(Caller, Check or None) in the tenant that a read names, which takes an admin of the default one."""
         tenant = _tenant_asked_for(head, role)
         if tenant is None:
             return caller, check
-        if client.tenant or "admin" not in client.roles:
-            # Whether there is such a tenant is nobody else's business
-            return caller, lambda request: _deny("Only an admin of the default tenant may name another")
-        asked = self._nobody_of(tenant)
-        if asked is None:
-            return caller, lambda request: _say_unknown_tenant()
-        return asked._replace(name=client.name), check
+        asked, steps = self._nobody_of(tenant), [check] * (check is not None)
+        if not is_overseer:             # whether there is such a tenant is nobody else's business
+            steps.append(lambda request: _deny("Only an admin of the default tenant may name another"))
+        elif asked is None:
+            steps.append(lambda request: _say_unknown_tenant())
+        else:
+            caller = asked._replace(name=caller.name)
+        return caller, _all_of(steps)
 
     def _evidence(self, head: Head) -> Evidence:
         clients, token, bearer, shown = [], "", None, []
@@ -8147,7 +8152,7 @@ class Access:
                     admission(request)
                 return
         if verified is not None and entry is None:
-            self._admit_by_scopes(verified, role, request)
+            self._admit_by_scopes(verified, role, head, request)
         elif trouble is not None and trouble.status == 503:
             raise trouble
         else:
@@ -8173,14 +8178,17 @@ class Access:
         by_id = self._by_token.get(("client_id", verified.client_id))
         return by_id or self._by_token.get(("subject", verified.subject))
 
-    def _admit_by_scopes(self, verified: Verified, role: str, request: Any) -> None:
+    def _admit_by_scopes(self, verified: Verified, role: str, head: Head, request: Any) -> None:
         """A token that names no client: its scopes are its roles, in the default tenant."""
         # in a line of the log it must not look like further fields
         name = re.sub(r"[^\w.@:/+-]", "_", (verified.client_id or verified.subject)[:100], flags=re.ASCII)
-        request.caller = self._nobody._replace(name="oauth:" + name)
+        caller, check = self._nobody._replace(name="oauth:" + name), None
         roles = {self._tokens.scopes.get(scope) for scope in verified.scopes}
         if not roles & {role, "admin"}:
-            _deny_role(role)
+            check = lambda request: _deny_role(role)
+        request.caller, check = self._in_tenant(caller, check, "admin" in roles, role, head)
+        if check is not None:
+            check(request)
 
     def _refuse(self, evidence: Evidence, note: str, request: Any) -> None:
         """Raise the refusal of somebody who is not known."""
@@ -9545,7 +9553,9 @@ class Inbox:
             return
         at = end + (head.length or 0)
         if head.chunked or len(buffer) < at:
-            if not ruling.check_needs_body:
+            # A small body comes anyway, and behind it may be further requests
+            is_small = not head.chunked and not head.expect_continue and head.length <= ORDINARY_BODY
+            if not ruling.check_needs_body and not is_small:
                 self._admit_early(request)
             request.body = self._more_body(head, buffer[end:])
         else:
