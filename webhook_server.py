@@ -7941,6 +7941,7 @@ class Client:
 
 # The members of an entry by which a client can be known, in the order in which they are looked at
 PROOFS = ("key_sha256", "signature", "oauth", "certificate")
+BY_SIGNATURE = frozenset({"signature"})
 Check = Callable[[Any], None]           # of a request; raises Refusal (401, 403, 429, 503) or MustWait
 
 
@@ -8092,6 +8093,11 @@ class Access:
         check = functools.partial(self._check, head, evidence, role)
         return self._nobody, check, bool(evidence.signers)
 
+    def _admit(self, client: Client, role: str, head: Head, request: Any) -> None:
+        request.caller, admission = self._admitted(client, role, head)
+        if admission is not None:
+            admission(request)
+
     def _admitted(self, client: Client, role: str, head: Head) -> tuple:
         """(Caller, Check or None) of a client that is known."""
         is_overseer = not client.tenant and "admin" in client.roles
@@ -8131,6 +8137,11 @@ class Access:
 
     def _check(self, head: Head, evidence: Evidence, role: str, request: Any) -> None:
         """Find out who it is by all that is shown, and whether they may."""
+        if len(evidence.signers) == 1 and not (evidence.clients or evidence.token):     # nearly always
+            client, = evidence.signers
+            if client.is_proven_by(BY_SIGNATURE) and not client.signature.problem(head, request.body, time.time()):
+                self._admit(client, role, head, request)
+                return
         proofs: dict = {client: {"key_sha256"} for client in evidence.clients}
         note = self._prove_by_signature(head, evidence, request, proofs)
         verified, trouble = None, None
@@ -8147,9 +8158,7 @@ class Access:
                 proofs.setdefault(self._by_certificate[name], set()).add("certificate")
         for client, kinds in proofs.items():
             if client.is_proven_by(kinds):
-                request.caller, admission = self._admitted(client, role, head)
-                if admission is not None:
-                    admission(request)
+                self._admit(client, role, head, request)
                 return
         if verified is not None and entry is None:
             self._admit_by_scopes(verified, role, head, request)
@@ -8859,13 +8868,13 @@ class Rules:
         """The Ruling of a complete head. Never raises.
 
         Hot path: a sender writes the same head again and again, so equal bytes are judged once (0.1 against
-        11 us). One that came only once is not kept: signed heads never come again, and would drive out those
-        that do.
+        11 us). One that is signed, or came only once, is not kept: it never comes again, and would drive out
+        those that do.
         """
         ruling = self._kept.get(data)
         if ruling is None:
             ruling = self._judge(data)
-            if len(data) <= HEAD_KEPT_BYTES:
+            if len(data) <= HEAD_KEPT_BYTES and not ruling.check_needs_body:
                 self._keep(data, ruling)
         return ruling
 
