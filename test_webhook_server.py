@@ -9222,6 +9222,21 @@ class AccessLogTest(ClientsServerTest):
         self.assertRegex(out, r"\Achanged: rows of seal 1 \(appointment_events 1 to 1, sealed .*\): 1 are there \(.*\), 1 were ")
         self.assertEqual((code, err), (1, ""))
 
+    def test_a_copy_that_can_only_be_read_is_verified_and_an_older_file_has_no_seals(self):
+        server = self.start()
+        self.post(server)
+        server.stop()
+        with mock.patch.object(SQLite, "open", side_effect=SetupError("it is read-only")):
+            code, out, err = command("verify", "--database", self.database)
+        self.assertEqual((code, out[:13], err.count("\n")), (0, "ok: 1 events,", 1))
+        self.assertIn("read-only", err)
+        before = self.database.read_bytes()
+        write_rows(self.database, "PRAGMA user_version = 2")
+        code, out, err = command("verify", "--database", self.database)
+        self.assertEqual((code, out, err.count("\n")), (2, "", 1))
+        self.assertIn("data version 2, which has no seals", err)
+        self.assertEqual(len(self.database.read_bytes()), len(before))
+
     def test_what_verify_and_purge_cannot_do_is_one_line_and_exit_2(self):
         (self.folder / "text").write_text("no database, but long enough to be looked at " * 99)
         for arguments, word in ((("verify", "--database", self.folder / "none"), "there is no such file"),

@@ -27,12 +27,12 @@ section uses only those above it:
     Log            lines without patients' data, written in the background
     HTTP           bytes to a head and a body, an answer to bytes
     Credentials    does a signature or a token prove what it says
-    Access         who may do what: clients, keys, roles, networks, rates
+    Access         who may do what: clients, keys, roles, tenants, networks, rates
     Endpoints      what each route answers, and which rules it is judged by
     TLS            certificates, and a connection over TLS that is used as a plain one
     Connections    sockets and threads: the poller that leads, limits
-    Service        puts the parts together: start, drain, stop
-    Command line   serve, check, send, bench
+    Service        puts the parts together: tenants, start, reload, drain, stop
+    Command line   serve, check, send, keygen, verify, purge, rekey, bench
 """
 # mypy: ignore-errors
 # (mypy reports nothing of our inside to a program that imports us; what such a program uses is typed.)
@@ -10832,7 +10832,7 @@ def _sink_of(config: Config, logger: Any) -> Any:
 
 
 # =============================================================================
-# Command line: serve, check, send, bench. Knows terminals, signals and exit codes.
+# Command line: serve, check, send, keygen, verify, purge, rekey, bench. Knows terminals, signals and exit codes.
 # =============================================================================
 
 EXIT_FINE, EXIT_NO, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -11209,24 +11209,45 @@ def run_verify(options: argparse.Namespace) -> int:
             raise SetupError(f"--seal: {printable(text)} is not N:DIGEST, such as 1204:sha256:5f0a…")
         known[int(match[1])] = bytes.fromhex(match[2])
     path, encryption = _database_of(options)
+    with _read_only(path, encryption) as connection:
+        verification = Verification(connection, encryption)
+        try:
+            verification.run(known, lambda number: _show_progress("seal", number))
+            text, code = verification.summary(), EXIT_FINE
+        except Mismatch as error:
+            text, code = str(error), EXIT_NO
+    print(text)
     engine = SQLite(path, encryption=encryption)
-    engine.open()
     try:
-        with engine.readers.reading() as connection:
-            verification = Verification(connection, encryption)
-            try:
-                verification.run(known, lambda number: _show_progress("seal", number))
-                text, code = verification.summary(), EXIT_FINE
-            except Mismatch as error:
-                text, code = str(error), EXIT_NO
+        engine.open()
         record = functools.partial(record_access, utc_now(), "verify", _operator(), None, text, None)
         patiently(engine, lambda session: record(session, encryption))
-    except StoreUnavailable as error:
-        raise SetupError(f"database {path}: {error}") from None
+    except (SetupError, StoreUnavailable) as error:     # such as a copy that can only be read
+        _complain(f"the access log does not say that this was verified: {error}")
     finally:
         engine.close()
-    print(text)
     return code
+
+
+@contextlib.contextmanager
+def _read_only(path: str, encryption: Optional[Encryption]) -> Iterator[sqlite3.Connection]:
+    """A connection that changes nothing, to a database of our version. Raises SetupError."""
+    try:
+        uri = _uri(Path(os.path.abspath(path)), "ro")
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None)) as connection:
+            connection.text_factory = _lenient_text
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version != DATA_VERSION:
+                raise SetupError(f"database {path}: it is of data version {version}, which has no seals; a start of "
+                                 "the service brings an older one up to date")
+            problem = _problem_of_keys(connection, version, encryption, False)
+            if problem:
+                raise SetupError(f"database {path}: {problem}")
+            yield connection
+    except sqlite3.Error as error:
+        raise SetupError(f"database {path}: {_reason(error, path)}") from None
+    except StoreUnavailable as error:
+        raise SetupError(f"database {path}: {error}") from None
 
 
 def _add_purge(parser: argparse.ArgumentParser) -> None:
