@@ -3565,6 +3565,26 @@ os.kill(os.getpid(), signal.SIGKILL)
                 self.database.write_bytes(data)
         self.assertEqual(self.engine().count(), 100)
 
+    def test_a_crash_while_a_reader_kept_a_checkpoint_from_the_newest_frames_raises_no_alarm(self):
+        engine = self.engine()
+        for number in range(5):
+            write(engine, [stored_event(number)])
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM appointment_events").fetchall()
+            for number in range(5, 10):
+                write(engine, [stored_event(number)])
+            busy, frames, moved = engine.writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            self.assertLess(moved, frames)
+            crashed = self.folder / "crashed"
+            crashed.mkdir()
+            for ending in ("", "-shm", "-wal"):
+                shutil.copy2(str(self.database) + ending, crashed)
+        found = SQLite(str(crashed / "events.db"))
+        found.open()
+        self.addCleanup(found.close)
+        self.assertEqual(found.count(), 10)
+
     @unittest.skipUnless(POSIX, "kill -9")
     def test_a_crash_at_any_moment_a_copy_of_the_folder_and_new_rights_raise_no_alarm(self):
         code = ("import random, threading\n"

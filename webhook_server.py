@@ -3660,7 +3660,7 @@ class _LeftWAL:
     - be without WAL mode, or have another page size;
     - lack pages that the WAL does not hold either;
     - have a change counter from outside of the WAL's own, or the one before them (a transaction adds 0 or 1);
-    - differ from the WAL in what -shm says is moved (of each page its last frame; the lowest page first);
+    - differ from the WAL in what -shm says is moved (of each page its last frame; one page is looked at);
     - be written long after the WAL was, other than by a checkpoint.
 
     What a copy of the folder does to dates and what a crash does to the last transaction must raise no alarm.
@@ -3761,13 +3761,13 @@ class _LeftWAL:
                 moved = len(self._frames)
             elif not index.tried:
                 return "the database was written by something else since"
-        if not moved:
+        # A checkpoint that a reader keeps from the newest frame of a page does not move its older ones either
+        newest = {number: frame for frame, number in enumerate(self._frames) if number <= self._pages}
+        lowest = min((number for number, frame in newest.items() if frame < moved), default=0)
+        if not lowest:
             return ""
-        lowest = min(self._frames[:moved])
         stored = os.pread(self._main, self._page, (lowest - 1) * self._page)
-        places = [frame for frame, number in enumerate(self._frames) if number == lowest]
-        last = max(frame for frame in places if frame < moved)
-        if any(self._content(frame) == stored for frame in places if frame >= last):
+        if self._content(newest[lowest]) == stored:
             return ""
         return "the database was written by something else since"
 
