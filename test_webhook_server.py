@@ -4717,14 +4717,15 @@ class LedgerTest(EngineTest):
         super().setUp()
         self.told, self.encryption = [], None
 
-    def running(self, encryption=None):
+    def running(self, encryption=None, sealing=True):
         """(Store, Ledger) that run, until the end of the test or self.end()."""
         engine = SQLite(str(self.database), encryption=encryption)
         store = Store(engine, 1.0)
         store.open()
         store.start()
         ledger = receiver.Ledger(store, self.told.append)
-        ledger.start()
+        if sealing:
+            ledger.start()
         self.encryption = encryption
         self.addCleanup(store.stop)
         return store, ledger
@@ -4734,8 +4735,8 @@ class LedgerTest(EngineTest):
         store.stop()
 
     def filled(self, events=300, encryption=None):
-        """A database with events, two conflicts and two accesses, sealed and closed."""
-        store, ledger = self.running(encryption)
+        """A database with events, two conflicts and two accesses, sealed in blocks that are always the same, and closed."""
+        store, ledger = self.running(encryption, sealing=False)
         for number in range(events):
             store.submit(receiver._Waiting(stored_event(number, received_at=f"2025-01-{1 + number % 9:02}T00:00:00Z")))
         store.settle()
@@ -4743,6 +4744,7 @@ class LedgerTest(EngineTest):
             store.add(stored_event(0, payload=payload))
         ledger.record("read", "desk", "192.0.2.1", '{"patient_id": "x"}', 3)
         ledger.record("read", "desk", "192.0.2.1", None, None)
+        ledger.start()
         self.end(store, ledger)
 
     def verify(self, *known, encryption=...):
