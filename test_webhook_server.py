@@ -11976,6 +11976,24 @@ class LeakTest(HTTPTest):
         self.assertEqual([log.count(f'"Id-{number}"') for number in range(4)], [2, 0, 2, 2])
         self.assertIn("at /x-pii: x-pii must be true or false", log)
 
+    def test_an_event_is_logged_by_the_marks_that_it_was_read_by(self):
+        """A reload that takes marks away shows nothing of those that are not stored yet."""
+        schema = self.folder / "schema.json"
+        schema.write_text(json.dumps(self.MARKED))
+        server, waiting = self.start(schema=str(schema), busy_timeout=WAIT), None
+        with contextlib.closing(sqlite3.connect(str(self.database), isolation_level=None)) as other, \
+                mock.patch.object(server.store._committer, "commit", wraps=server.store._committer.commit) as tries:
+            other.execute("BEGIN IMMEDIATE")
+            waiting = self.connect(server)
+            waiting.sendall(post_bytes(event(appointment_id="Id-0")))
+            until(lambda: tries.call_count, "the event to be read")
+            schema.write_text(json.dumps(self.OPEN))
+            self.assertTrue(server.reload())
+        self.assertEqual(self.read_answer(waiting).status, 200)
+        self.assertEqual(self.post(server, event(appointment_id="Id-1")).status, 200)
+        log = self.log_text(server)
+        self.assertEqual([log.count(f'"Id-{number}"') for number in range(2)], [0, 1])
+
 
 class HostileTest(HTTPTest):
     """What attackers try on the wire."""

@@ -8320,11 +8320,12 @@ class Request(Submission):
     """One request that has been read: by which ruling, its body, who sent it and when.
 
     An endpoint that takes an event leaves it in `event`; it is answered by answer_to_event() once it is on
-    disk. `payload` is what the log shows of a body whose event was refused. `refusal` is one that waits for
-    its turn among the answers of its connection; `endpoint` is known once it was admitted.
+    disk. `payload` is what the log shows of a body whose event was refused, and `redactor`, of the rules that it
+    was read by, makes that of an event. `refusal` is one that waits for its turn among the answers of its
+    connection; `endpoint` is known once it was admitted.
     """
     __slots__ = ("ruling", "body", "id", "received_at", "started", "address", "connection", "payload",
-                 "digest", "caller", "refusal", "may_wait", "endpoint")
+                 "digest", "caller", "refusal", "may_wait", "endpoint", "redactor")
 
     def __init__(self, ruling: Ruling, body: bytes, ids: tuple, connection: Any,
                  may_wait: bool = False) -> None:
@@ -8494,6 +8495,7 @@ class Endpoints:
 
     def _read_event(self, request: Request) -> None:
         rules = self.rules
+        request.redactor = rules.redactor
         try:
             value, text = parse_json(request.body)
             request.body = b""  # its text is in the event: a megabyte need not be kept twice
@@ -8686,7 +8688,7 @@ class Endpoints:
         ruling, event = request.ruling, request.event
         payload = request.payload
         if event is not None:
-            payload = self.rules.redactor.event(event)
+            payload = request.redactor.event(event)
         who = request.address
         if request.caller.name:
             who = f"{request.caller.name} address={who}"
